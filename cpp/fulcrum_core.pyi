@@ -1,0 +1,116 @@
+"""Types of the compiled core. Arrays are C-contiguous and owned by the caller."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+def detect_isa() -> str:
+    """Best instruction set of this machine: "avx512", "avx2" or "portable"."""
+
+def dequantize(block_type: str, data: NDArray[np.uint8], num_values: int) -> NDArray[np.float32]:
+    """Decode GGUF blocks ("F32", "F16", "BF16", "Q4_0", … "Q6_K", "Q8_0") to float32."""
+
+class Bpe:
+    """Byte-pair merging of words that are already cut; see cpp/tokenizer/bpe.h. Any thread may
+    call it."""
+
+    def __init__(
+        self,
+        *,
+        byte_ids: NDArray[np.int32],  # (256,), -1: the vocabulary has no such byte
+        merges: NDArray[np.int32],  # (M, 3): left, right, merged id; the row is the rank
+        char_ids: dict[int, int],  # code point -> id
+        per_char: bool,  # start from characters; bytes are the last resort
+        unknown_id: int,  # -1: drop what has neither character nor bytes
+        fuse_unknown: bool,
+        whole_words: dict[bytes, int],  # words that need no merging
+    ) -> None: ...
+    def encode(self, words: list[str]) -> list[int]:
+        """Ids of the words, in order. Releases the GIL while merging."""
+
+def sample_rows(
+    logits: NDArray[np.float32],
+    seeds: NDArray[np.uint64],
+    noise_positions: NDArray[np.int32],
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    history_ids: ArrayLike = (),
+    output_start: int = 0,
+    bias_ids: ArrayLike = (),
+    bias_values: ArrayLike = (),
+    target_id: int = -1,
+    num_logprobs: int = -1,
+) -> dict[str, Any]:
+    """Sample len(seeds) rows, row i from logits[i % len(logits)]: the sampler alone, for tests.
+    Returns ids, logprobs (n,), top_ids, top_logprobs (n, 20), errors (a list, "" is none)."""
+
+class Config:
+    """Shape of a model and the flags of its family; see cpp/model.h."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    activation: str  # "silu" or "gelu_tanh"
+    attention_scale: float  # multiplies q·k
+    embedding_scale: float
+    layer_windows: list[int]  # per layer, tokens seen; 0: all
+    layer_rope_index: list[int]  # per layer, row of rope_inv_freq
+    rope_inv_freq: list[list[float]]  # per table, (head_dim / 2,)
+    rope_attention_factor: float  # multiplies cos and sin (yarn); 1 otherwise
+    def __init__(self) -> None: ...
+
+class Model:
+    """Weights, KV cache and thread pool. One thread drives it."""
+
+    def __init__(self, config: Config, num_threads: int, isa: str) -> None: ...
+    def load_vector(self, slot: str, layer: int, values: NDArray[np.float32]) -> None:
+        """Copy a norm's weight or a bias. Slots: final_norm; per layer attention_norm,
+        q_norm, k_norm, attention_post_norm, mlp_norm, mlp_post_norm, q_bias, k_bias, v_bias.
+        Norm weights are the whole factor (Gemma's 1 + w is the caller's). layer is -1 for
+        slots outside the layers."""
+
+    def load_matrix(
+        self,
+        slot: str,
+        layer: int,
+        block_type: str,
+        data: NDArray[np.uint8],
+        num_rows: int,
+        num_cols: int,
+        format: str,
+        interleaved_rope_heads: int = 0,
+    ) -> None:
+        """Decode, requantize if needed and pack one matrix (num_rows, num_cols), row-major.
+        Slots: embedding, output (absent: the embedding is the head); per layer q, k, v,
+        attention_output, gate, up, down. format is "bf16", "int8" or "int4". A positive
+        interleaved_rope_heads undoes the row order that llama.cpp's converter gives q and k of
+        the llama architecture, so that halves rotate together."""
+
+    def finalize(self) -> None:
+        """Check that every slot is filled with the right shape; raises ValueError naming it."""
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocate the paged cache; frees the former one."""
+
+    def bind(self, **buffers: NDArray[Any]) -> None:
+        """Bind the step's buffers once; see engine/batch.py for names, shapes and types."""
+
+    def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+        """Forward, then sample, over what the bound buffers hold. Releases the GIL."""
+    block_size: int  # tokens per KV block
+    kv_bytes_per_block: int
+    weights_bytes: int
+    num_threads: int
+    isa: str

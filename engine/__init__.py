@@ -1,0 +1,1 @@
+"""The engine thread: decides what each step computes. Knows nothing of HTTP."""

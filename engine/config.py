@@ -1,0 +1,48 @@
+"""Settings of the engine: frozen, validated once, where they are made."""
+
+from typing import Literal
+
+import msgspec
+
+Quantization = Literal["auto", "none", "int8", "int4"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message is one line and says what would."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the user asked for. None means: decided at load from the model and the machine."""
+
+    model: str = "smollm2-135m"  # short name, folder, .gguf file or hub id
+    device: Device = "auto"
+    quantization: Quantization = "auto"
+    kv_memory_bytes: int | None = None
+    max_model_len: int | None = None  # tokens of prompt and output together
+    max_sequences: int = 64  # B at most
+    max_step_tokens: int = 512  # T at most
+    num_threads: int | None = None
+    isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
+
+    def __post_init__(self) -> None:
+        if self.quantization not in ("auto", "none", "int8", "int4"):
+            raise ConfigError(
+                f"--quantization {self.quantization}: choose auto, none, int8 or int4"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
+        for name, value in (
+            ("--max-sequences", self.max_sequences),
+            ("--max-step-tokens", self.max_step_tokens),
+            ("--max-model-len", self.max_model_len),
+            ("--kv-memory", self.kv_memory_bytes),
+            ("--threads", self.num_threads),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}: must be at least 1")
+        if self.max_step_tokens < self.max_sequences:
+            raise ConfigError(
+                f"--max-step-tokens {self.max_step_tokens}: must be at least --max-sequences "
+                f"({self.max_sequences}), so that every running sequence can advance in a step"
+            )
