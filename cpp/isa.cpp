@@ -1,0 +1,39 @@
+#include "isa.h"
+
+#include <cstring>
+
+namespace fulcrum {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+}  // namespace
+
+const char* detect_isa() {
+  if (has_avx512()) return "avx512";
+  if (has_avx2()) return "avx2";
+  return "portable";
+}
+
+bool isa_supported(const char* isa) {
+  if (std::strcmp(isa, "portable") == 0) return true;
+  if (std::strcmp(isa, "avx2") == 0) return has_avx2();
+  if (std::strcmp(isa, "avx512") == 0) return has_avx512();
+  return false;
+}
+
+}  // namespace fulcrum
