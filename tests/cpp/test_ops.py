@@ -1,0 +1,132 @@
+"""Norm, gate, rotation and paged attention: every instruction set against float64, and exactly
+the same result of a row whatever shares its tile."""
+
+import fulcrum_core as core
+import numpy as np
+import pytest
+
+ISAS = [isa for isa in ("portable", "avx2", "avx512")]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    order = ["portable", "avx2", "avx512"]
+    if order.index(request.param) > order.index(core.detect_isa()):
+        pytest.skip(f"this machine has no {request.param}")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 31, 576, 640])
+def test_rms_norm_equals_float64(isa: str, size: int) -> None:
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=size).astype(np.float32) * 10
+    weight = rng.normal(size=size).astype(np.float32)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt(np.mean(wide**2) + 1e-5) * weight
+    np.testing.assert_allclose(core.rms_norm(isa, x, weight, 1e-5), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_of_zeros_is_zero(isa: str) -> None:
+    out = core.rms_norm(isa, np.zeros(40, np.float32), np.ones(40, np.float32), 1e-6)
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gate_equals_float64_over_its_whole_range(isa: str, activation: str) -> None:
+    x = np.concatenate([np.linspace(-120, 120, 4001), np.linspace(-2, 2, 1000), [0.0, 1e-30]])
+    up = np.random.default_rng(0).normal(size=x.size)
+    if activation == "silu":
+        expected = x / (1 + np.exp(-x)) * up
+    else:
+        expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * up
+    got = core.gate(isa, activation, x.astype(np.float32), up.astype(np.float32))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 80, 128, 256])
+def test_rotate_turns_channel_pairs_half_a_head_apart(isa: str, head_dim: int) -> None:
+    rng = np.random.default_rng(head_dim)
+    head = rng.normal(size=head_dim).astype(np.float32)
+    angle = rng.uniform(0, 100, size=head_dim // 2)
+    low, high = head[: head_dim // 2], head[head_dim // 2 :]
+    expected = np.concatenate(
+        [low * np.cos(angle) - high * np.sin(angle), high * np.cos(angle) + low * np.sin(angle)]
+    )
+    got = core.rotate(isa, head, np.cos(angle), np.sin(angle))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def reference_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int
+) -> np.ndarray:
+    num_queries, num_heads, _ = q.shape
+    length, num_kv_heads, _ = k.shape
+    k, v = to_bf16(k).astype(np.float64), to_bf16(v).astype(np.float64)
+    out = np.zeros(q.shape)
+    for t in range(num_queries):
+        position = length - num_queries + t
+        first = max(0, position - window + 1) if window else 0
+        for head in range(num_heads):
+            kv_head = head // (num_heads // num_kv_heads)
+            scores = k[first : position + 1, kv_head] @ q[t, head].astype(np.float64)
+            weights = np.exp(scores - scores.max())
+            out[t, head] = weights / weights.sum() @ v[first : position + 1, kv_head]
+    return out
+
+
+def random_attention(
+    seed: int, num_queries: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    q = rng.normal(size=(num_queries, num_heads, head_dim)).astype(np.float32) * 0.5
+    k = rng.normal(size=(length, num_kv_heads, head_dim)).astype(np.float32)
+    v = rng.normal(size=(length, num_kv_heads, head_dim)).astype(np.float32)
+    table = rng.permutation(length // 16 + 4)[: length // 16 + 1].astype(np.int32)
+    return q, k, v, table
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 100])
+@pytest.mark.parametrize(
+    ("num_queries", "length", "num_heads", "num_kv_heads", "head_dim"),
+    [(1, 1, 1, 1, 16), (1, 200, 9, 3, 64), (37, 37, 4, 2, 32), (20, 300, 4, 1, 256), (3, 65, 5, 5, 80)],
+)
+def test_attention_equals_float64(
+    isa: str,
+    window: int,
+    num_queries: int,
+    length: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    q, k, v, table = random_attention(
+        length, num_queries, length, num_heads, num_kv_heads, head_dim
+    )
+    got = core.attend(isa, q, k, v, table, window, 8)
+    np.testing.assert_allclose(got, reference_attention(q, k, v, window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_attention_of_a_token_does_not_depend_on_its_tile_or_chunk(isa: str, window: int) -> None:
+    q, k, v, table = random_attention(1, 150, 150, 6, 2, 64)
+    whole = core.attend(isa, q, k, v, table, window, 16)
+    for tile_tokens in (1, 3, 7):
+        np.testing.assert_array_equal(core.attend(isa, q, k, v, table, window, tile_tokens), whole)
+    for position in (0, 15, 16, 63, 64, 149):
+        # Alone, with only the tokens before it in the cache: a decode step.
+        alone = core.attend(
+            isa, q[position : position + 1], k[: position + 1], v[: position + 1], table, window, 1
+        )
+        np.testing.assert_array_equal(alone[0], whole[position])
+
+
+def test_attention_survives_scores_far_apart(isa: str) -> None:
+    q, k, v, table = random_attention(2, 1, 130, 1, 1, 16)
+    k *= 100
+    got = core.attend(isa, q, k, v, table, 0, 1)
+    np.testing.assert_allclose(got, reference_attention(q, k, v, 0), rtol=1e-3, atol=1e-4)
