@@ -1,0 +1,166 @@
+// A decoder-only transformer: Config, Weights and the forward pass over layers, written once for
+// all families. The bindings own one Model; one thread at a time drives it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "batch.h"
+#include "kv_cache.h"
+#include "linear.h"
+#include "memory.h"
+#include "ops.h"
+#include "sampler.h"
+#include "thread_pool.h"
+
+namespace fulcrum {
+
+struct Config {
+  int num_layers = 0;
+  int hidden_size = 0;        // D
+  int intermediate_size = 0;  // I
+  int num_heads = 0;          // H
+  int num_kv_heads = 0;       // KH
+  int head_dim = 0;           // HD, a multiple of 16
+  int vocab_size = 0;         // V
+  float norm_eps = 1e-5f;
+  Activation activation = Activation::kSilu;
+  float attention_scale = 0;  // multiplies q · k
+  float embedding_scale = 1;
+  std::vector<int> layer_windows;                 // (num_layers,) tokens seen; 0: all
+  std::vector<int> layer_rope_index;              // (num_layers,) row of rope_inv_freq
+  std::vector<std::vector<float>> rope_inv_freq;  // (tables, HD / 2)
+  float rope_attention_factor = 1;                // multiplies cos and sin
+
+  int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
+  int attention_size() const { return num_heads * head_dim; }
+};
+
+// A matrix with the memory that holds it.
+struct Matrix {
+  Buffer memory;
+  PackedMatrix packed;
+  bool loaded() const { return packed.data != nullptr; }
+};
+
+using FloatVector = std::vector<float>;  // empty where the family has none
+
+struct LayerWeights {
+  FloatVector attention_norm;       // (D,)
+  FloatVector q_norm, k_norm;       // (HD,), optional
+  FloatVector attention_post_norm;  // (D,), optional
+  FloatVector mlp_norm;             // (D,)
+  FloatVector mlp_post_norm;        // (D,), optional
+  FloatVector q_bias;               // (H * HD,), optional
+  FloatVector k_bias, v_bias;       // (KH * HD,), optional
+  Matrix q, k, v;                   // (H * HD, D), (KH * HD, D), (KH * HD, D)
+  Matrix attention_output;          // (D, H * HD)
+  Matrix gate, up;                  // (I, D)
+  Matrix down;                      // (D, I)
+};
+
+struct Weights {
+  Matrix embedding;        // (V, D)
+  Matrix output;           // (V, D), absent where the embedding is the head
+  FloatVector final_norm;  // (D,)
+  std::vector<LayerWeights> layers;
+};
+
+// Activations of a step, allocated when the batch's capacity is known.
+struct RunState {
+  Buffer memory;
+  float* hidden = nullptr;                      // (T, D) the residual stream
+  float* normed = nullptr;                      // (T, D)
+  float* qkv = nullptr;                         // (T, (H + 2 KH) HD)
+  float* attention = nullptr;                   // (T, H HD)
+  float* mlp = nullptr;                         // (T, 2 I) gate, then up
+  float* branch = nullptr;                      // (T, D) a branch's output before its post norm
+  float* cos = nullptr;                         // (tables, T, HD / 2)
+  float* sin = nullptr;                         // (tables, T, HD / 2)
+  int8_t* quantized = nullptr;                  // (T, widest padded K)
+  float* scales = nullptr;                      // (T, groups)
+  float* sums = nullptr;                        // (T, groups)
+  float* logits = nullptr;                      // (kLogitsChunk, V)
+  std::vector<Buffer> attention_scratch;        // one a thread
+  std::vector<SamplerScratch> sampler_scratch;  // one a thread
+};
+
+// Rows of logits that are held at a time: enough to read the head's weights once for all decoding
+// sequences of a usual step, few enough that a vocabulary of 262144 stays at 32 MiB.
+constexpr int kLogitsChunk = 32;
+
+class Model {
+ public:
+  // Throws std::invalid_argument where the shape or the instruction set cannot be computed here.
+  Model(const Config& config, int num_threads, const std::string& isa);
+
+  // Both may be called from several threads at once, for different slots.
+  void load_vector(const std::string& slot, int layer, const float* values, int64_t size);
+  void load_matrix(const std::string& slot, int layer, const std::string& block_type,
+                   const uint8_t* data, int64_t data_bytes, int64_t num_rows, int64_t num_cols,
+                   const std::string& format, int interleaved_rope_heads);
+
+  // Throws std::invalid_argument naming the first slot that is missing.
+  void finalize();
+
+  void allocate_kv(int num_blocks);
+
+  // Sets the buffers of the next steps and allocates the activations for them.
+  void bind(const Batch& batch, const Limits& limits);
+
+  // Computes the step and samples its rows. Throws std::invalid_argument where the batch would
+  // read or write outside of what is bound, before anything is computed.
+  void step(int num_tokens, int num_sequences, int num_rows);
+
+  const Config& config() const { return config_; }
+  int num_threads() const { return pool_.num_threads(); }
+  const char* isa() const { return linear_->isa; }
+  int num_kv_blocks() const { return kv_.num_blocks; }
+  int64_t weights_bytes() const;
+  int64_t kv_bytes_per_block() const {
+    return KvCache::block_bytes(config_.num_layers, config_.num_kv_heads, config_.head_dim);
+  }
+
+ private:
+  struct Step {
+    int num_tokens, num_sequences, num_rows;
+  };
+  // A query tile of one sequence, for all KV heads.
+  struct Tile {
+    int sequence, first_token, num_tokens;
+  };
+
+  void check(const Step& step) const;
+  void plan_tiles(const Step& step);
+  void run_thread(const Step& step, int thread);
+  void embed(const Step& step);
+  void rotate_and_cache(const Step& step, int layer);
+  void attend(int layer, int thread);
+  void mix(const Step& step, int layer, int thread);
+  void transform(const Step& step, int layer);
+  void sample(const Step& step, int thread);
+  void sample_one(int row, float* logits, int thread);
+
+  template <typename Op>
+  void for_rows(int num_rows, Op op);
+  Activations activations(const float* values, int64_t ld) const;
+  void norm_rows(const Step& step, const FloatVector& weight, const FloatVector& post_norm);
+  void multiply(std::initializer_list<const Matrix*> parts, const Activations& x, int num_rows,
+                float* y, int64_t ld_y, bool accumulate);
+  void residual(const Matrix& w, const Activations& x, const Step& step, bool has_post_norm);
+
+  Config config_;
+  const LinearKernels* linear_;
+  const VectorKernels* vector_;
+  ThreadPool pool_;
+  Weights weights_;
+  KvCache kv_;
+  Batch batch_;
+  Limits limits_;
+  RunState state_;
+  std::vector<Tile> tiles_;
+};
+
+}  // namespace fulcrum
