@@ -114,3 +114,37 @@ class Model:
     weights_bytes: int
     num_threads: int
     isa: str
+
+class Linear:
+    """One packed matrix and the kernels over it, for tests and benchmarks; see cpp/linear.h."""
+
+    num_tiles: int
+    tile_channels: int  # output channels of a tile
+    packed_bytes: int
+    def __init__(
+        self,
+        isa: str,
+        format: str,
+        block_type: str,
+        data: NDArray[np.uint8],
+        num_rows: int,
+        num_cols: int,
+    ) -> None: ...
+    def dequantize(self) -> NDArray[np.float32]:
+        """Decode the packed matrix: (num_rows, num_cols)."""
+
+    def forward(
+        self,
+        x: NDArray[np.float32],
+        accumulate_into: NDArray[np.float32] | None = None,
+        tile_begin: int = 0,
+        tile_end: int = -1,
+    ) -> NDArray[np.float32]:
+        """x (T, num_cols) times the matrix, transposed: (T, num_rows), on the calling thread.
+        Channels outside the tile range hold accumulate_into, or zero."""
+
+def quantize_activations(
+    isa: str, x: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
+    """The int8 form of x (T, K), padded to whole groups: quants, and per group the scales and the
+    sums of the quants."""
