@@ -1,0 +1,302 @@
+"""Flat tensors of a step, allocated once and refilled: the core reads and writes them in place.
+
+The engine loop fills a `Batch` from the scheduler's plan before each step and reads the sampled
+rows after it. What a running sequence needs in every step is written once, into its lane.
+"""
+
+# Names, shapes and types of the buffers that `fulcrum_core.Model.bind` takes. S = max_sequences,
+# T = max_step_tokens, R = rows that need logits (at most T), M = blocks per sequence.
+#
+#   token_ids, positions, slot_mapping   int32 (T,)    slot = block * block_size + offset
+#   query_start                          int32 (S+1,)  first row of each sequence
+#   seq_lens                             int32 (S,)    tokens in the cache after this step
+#   block_table                          int32 (S, M)
+#   logits_rows                          int32 (R,)    ascending indices into T
+# per row of R:
+#   target_ids       int32   -1: sample; else: only the log probability of this id
+#   temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty   float32
+#   top_k            int32   0: off
+#   num_logprobs     int32   -1: none wanted, else the number of alternatives, at most 20
+#   seed             uint64
+#   noise_position   int32   index in the sequence of the token being sampled
+#   history_start, history_output_start, history_end   int32   ranges of history_ids: the
+#       sequence's tokens so far, where its output begins; equal start and end: no penalties
+#   bias_start       int32 (R+1,)  ranges of bias_ids / bias_values, added to the logits
+# variable length, bound again when they must grow:
+#   history_ids int32, bias_ids int32, bias_values float32
+# written by the core:
+#   sampled_ids int32 (R,)   the target where there is one; -1 where the row's logits are unusable
+#   sampled_logprobs float32 (R,) (only where num_logprobs >= 0)
+#   top_ids int32 (R, 20), top_logprobs float32 (R, 20)   descending, num_logprobs of them
+#   logits float32 (R, V), optional: bound by tests and tools only
+
+from collections.abc import Sequence as Row
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.lanes import PARAM_TYPES, Float32Array, Int32Array, Lanes
+from engine.sequence import Sequence
+from engine.types import TokenLogprobs
+
+MAX_LOGPROBS = 20
+
+
+class Core(Protocol):
+    """What the engine thread asks of `fulcrum_core.Model`."""
+
+    block_size: int
+
+    def bind(self, **buffers: NDArray[Any]) -> None: ...
+
+    def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None: ...
+
+
+@dataclass(slots=True)
+class SampledRows:
+    """What a step sampled; entry i of its plan owns rows start[i] … start[i + 1] - 1."""
+
+    start: list[int]
+    token_ids: list[int]  # a target row's is its target; -1: the row could not be sampled
+    logprobs: Float32Array
+    top_ids: Int32Array
+    top_logprobs: Float32Array
+
+    def logprobs_of(self, row: int, token_id: int, num_alternatives: int) -> TokenLogprobs:
+        return TokenLogprobs(
+            token_id,
+            float(self.logprobs[row]),
+            tuple(self.top_ids[row, :num_alternatives].tolist()),
+            tuple(self.top_logprobs[row, :num_alternatives].tolist()),
+        )
+
+
+class Batch:
+    """The buffers of a step, and the lanes that they are gathered from."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._core = core
+        self._block_size = core.block_size
+        self._max_model_len = max_model_len
+        self._lanes = Lanes(max_sequences, max_model_len, core.block_size, eos_token_ids)
+        self._buffers = _allocate(max_sequences, max_step_tokens, self._lanes.blocks.shape[1])
+        self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
+        core.bind(**self._buffers)
+        # Of the step that is laid out: the lane of each row, whether it is a sample (None: all
+        # are), and the first row of each sequence.
+        self._row_lanes: NDArray[np.intp] = np.zeros(0, np.intp)
+        self._row_samples: NDArray[np.bool_] | None = None
+        self._row_start: list[int] = [0]
+        # Whose parameters the row buffers hold; None: they must be written in any case.
+        self._written_lanes: NDArray[np.intp] | None = None
+        self._row_penalised: Int32Array = np.zeros(0, np.int32)
+        self._any_bias = False
+        self._has_old_bias = False  # bias_start holds ranges of an earlier step
+
+    def open_lane(self, seq: Sequence) -> None:
+        """Take in a sequence that the coming step is the first to advance."""
+        self._written_lanes = None
+        self._lanes.open(seq)
+
+    def fill(self, entries: Row[tuple[Sequence, int]]) -> tuple[int, int, int]:
+        """Lay out a step and return its numbers of tokens, sequences and logits rows."""
+        buffers = self._buffers
+        num_sequences = len(entries)
+        self._lanes.write_new_blocks(entries)
+        lanes = np.array([seq.lane for seq, _ in entries], np.intp)
+        computed = np.array([seq.num_computed_tokens for seq, _ in entries], np.int32)
+        lengths = np.array([len(seq.token_ids) for seq, _ in entries], np.int32)
+        num_new = np.array([count for _, count in entries], np.int32)
+        query_start = buffers["query_start"]
+        np.cumsum(num_new, out=query_start[1 : num_sequences + 1])
+        num_tokens = int(query_start[num_sequences])
+        seq_lens = np.add(computed, num_new, out=buffers["seq_lens"][:num_sequences])
+        num_columns = -(-int(seq_lens.max()) // self._block_size)
+        buffers["block_table"][:num_sequences, :num_columns] = self._lanes.blocks[
+            lanes, :num_columns
+        ]
+        if num_tokens == num_sequences:
+            token_lanes, positions = lanes, computed
+        else:
+            token_lanes = np.repeat(lanes, num_new)
+            positions = np.arange(num_tokens, dtype=np.int32)
+            positions += np.repeat(computed - query_start[:num_sequences], num_new)
+        buffers["positions"][:num_tokens] = positions
+        buffers["token_ids"][:num_tokens] = self._lanes.tokens[token_lanes, positions]
+        block_index, offset = np.divmod(positions, self._block_size)
+        slots = self._lanes.blocks[token_lanes, block_index] * self._block_size
+        np.add(slots, offset, out=buffers["slot_mapping"][:num_tokens])
+        caught_up = seq_lens == lengths
+        if any(seq.needs_prompt_logprobs for seq, _ in entries):
+            self._select_prompt_rows(entries, caught_up, token_lanes, positions)
+        else:
+            self._select_rows(lanes, lengths, caught_up)
+        self._fill_params()
+        return num_tokens, num_sequences, self._row_start[-1]
+
+    def sampled(self) -> SampledRows:
+        """Read the step's results, and append each sample to the tokens of its lane."""
+        buffers = self._buffers
+        num_rows = self._row_start[-1]
+        token_ids = buffers["sampled_ids"][:num_rows]
+        noise_position = buffers["noise_position"][:num_rows]
+        if self._row_samples is None:
+            self._lanes.tokens[self._row_lanes, noise_position] = token_ids
+        else:
+            samples = self._row_samples
+            lanes, positions = self._row_lanes[samples], noise_position[samples]
+            self._lanes.tokens[lanes, positions] = token_ids[samples]
+        return SampledRows(
+            self._row_start,
+            token_ids.tolist(),
+            buffers["sampled_logprobs"],
+            buffers["top_ids"],
+            buffers["top_logprobs"],
+        )
+
+    def _select_rows(
+        self, lanes: NDArray[np.intp], lengths: Int32Array, caught_up: NDArray[np.bool_]
+    ) -> None:
+        """One row for each sequence that has caught up: its next token is sampled."""
+        buffers = self._buffers
+        num_sequences = len(lanes)
+        last_rows = buffers["query_start"][1 : num_sequences + 1] - 1
+        if caught_up.all():
+            num_rows = num_sequences
+            self._row_start = list(range(num_rows + 1))
+        else:
+            lanes, last_rows = lanes[caught_up], last_rows[caught_up]
+            lengths = lengths[caught_up]
+            num_rows = len(lanes)
+            self._row_start = [0, *np.cumsum(caught_up).tolist()]
+        buffers["logits_rows"][:num_rows] = last_rows
+        buffers["noise_position"][:num_rows] = lengths
+        buffers["target_ids"][:num_rows] = -1
+        self._row_lanes = lanes
+        self._row_samples = None
+
+    def _select_prompt_rows(
+        self,
+        entries: Row[tuple[Sequence, int]],
+        caught_up: NDArray[np.bool_],
+        token_lanes: NDArray[np.intp],
+        positions: Int32Array,
+    ) -> None:
+        """As `_select_rows`, with a row for every token of those that ask for the prompt's."""
+        buffers = self._buffers
+        query_start = buffers["query_start"]
+        wanted = np.zeros(len(positions), np.bool_)
+        wanted[query_start[1 : len(entries) + 1][caught_up] - 1] = True
+        samples = wanted.copy()
+        for index, (seq, _) in enumerate(entries):
+            if seq.needs_prompt_logprobs:
+                wanted[query_start[index] : query_start[index + 1]] = True
+        rows = np.flatnonzero(wanted)
+        num_rows = len(rows)
+        self._row_lanes = token_lanes[rows]
+        self._row_samples = samples[rows]
+        noise_position = np.add(positions[rows], 1, out=buffers["noise_position"][:num_rows])
+        # A sample's own position may lie past the end of the lane's tokens: it is not read.
+        known = self._lanes.tokens[self._row_lanes, noise_position * ~self._row_samples]
+        buffers["logits_rows"][:num_rows] = rows
+        buffers["target_ids"][:num_rows] = np.where(self._row_samples, -1, known)
+        counts = np.concatenate(([0], np.cumsum(wanted)))
+        self._row_start = counts[query_start[: len(entries) + 1]].tolist()
+
+    def _fill_params(self) -> None:
+        """Copy the rows' sampling parameters from their lanes, unless they are there already."""
+        buffers = self._buffers
+        num_rows = len(self._row_lanes)
+        if self._written_lanes is None or not np.array_equal(self._written_lanes, self._row_lanes):
+            self._copy_params()
+        history_end = buffers["history_end"][:num_rows]
+        np.multiply(self._row_penalised, buffers["noise_position"][:num_rows], out=history_end)
+        history_end += buffers["history_start"][:num_rows]
+        if self._any_bias:
+            self._fill_bias()
+        elif self._has_old_bias:
+            buffers["bias_start"].fill(0)
+            self._has_old_bias = False
+
+    def _copy_params(self) -> None:
+        buffers, lanes, row_lanes = self._buffers, self._lanes, self._row_lanes
+        num_rows = len(row_lanes)
+        self._written_lanes = None
+        for name, values in lanes.params.items():
+            buffers[name][:num_rows] = values[row_lanes]
+        num_logprobs = lanes.num_logprobs[row_lanes]
+        if self._row_samples is not None:
+            num_prompt_logprobs = lanes.num_prompt_logprobs[row_lanes]
+            num_logprobs = np.where(self._row_samples, num_logprobs, num_prompt_logprobs)
+        buffers["num_logprobs"][:num_rows] = num_logprobs
+        penalised = lanes.is_penalised[row_lanes]
+        start = penalised * (row_lanes * self._max_model_len)
+        output_start = start + penalised * lanes.num_prompt_tokens[row_lanes]
+        buffers["history_start"][:num_rows] = start
+        buffers["history_output_start"][:num_rows] = output_start
+        self._row_penalised = penalised
+        self._any_bias = bool(lanes.is_biased[row_lanes].any())
+        if self._row_samples is None:
+            self._written_lanes = row_lanes
+
+    def _fill_bias(self) -> None:
+        buffers = self._buffers
+        self._has_old_bias = True
+        noise_position = buffers["noise_position"]
+        ids: list[Int32Array] = []
+        values: list[Float32Array] = []
+        bias_start = buffers["bias_start"]
+        end = 0
+        for row, lane in enumerate(self._row_lanes.tolist()):
+            if self._lanes.is_biased[lane]:
+                row_ids, row_values = self._lanes.bias[lane].at(noise_position[row])
+                ids.append(row_ids)
+                values.append(row_values)
+                end += len(row_ids)
+            bias_start[row + 1] = end
+        if end > len(buffers["bias_ids"]):
+            buffers["bias_ids"] = np.zeros(2 * end, np.int32)
+            buffers["bias_values"] = np.zeros(2 * end, np.float32)
+            self._core.bind(**buffers)
+        if ids:
+            np.concatenate(ids, out=buffers["bias_ids"][:end])
+            np.concatenate(values, out=buffers["bias_values"][:end])
+
+
+def _allocate(max_sequences: int, max_step_tokens: int, num_blocks: int) -> dict[str, Any]:
+    per_row = {
+        **PARAM_TYPES,
+        "target_ids": np.int32,
+        "num_logprobs": np.int32,
+        "noise_position": np.int32,
+        "history_start": np.int32,
+        "history_output_start": np.int32,
+        "history_end": np.int32,
+        "logits_rows": np.int32,
+        "sampled_ids": np.int32,
+        "sampled_logprobs": np.float32,
+    }
+    per_token = ("token_ids", "positions", "slot_mapping")
+    buffers: dict[str, Any] = {name: np.zeros(max_step_tokens, np.int32) for name in per_token}
+    buffers |= {name: np.zeros(max_step_tokens, dtype) for name, dtype in per_row.items()}
+    buffers |= {
+        "query_start": np.zeros(max_sequences + 1, np.int32),
+        "seq_lens": np.zeros(max_sequences, np.int32),
+        "block_table": np.zeros((max_sequences, num_blocks), np.int32),
+        "bias_start": np.zeros(max_step_tokens + 1, np.int32),
+        "bias_ids": np.zeros(1024, np.int32),
+        "bias_values": np.zeros(1024, np.float32),
+        "top_ids": np.zeros((max_step_tokens, MAX_LOGPROBS), np.int32),
+        "top_logprobs": np.zeros((max_step_tokens, MAX_LOGPROBS), np.float32),
+    }
+    return buffers

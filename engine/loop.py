@@ -1,0 +1,245 @@
+"""The engine thread: inbox → schedule → core step → commit → one report to the server.
+
+The server starts one `Engine`, submits and aborts from its event loop, and receives every event
+through the callback it gave. Everything else here belongs to the thread.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from engine.batch import Batch, Core
+from engine.block_manager import BlockManager
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.types import Abort, EngineLoad, FinishReason, StepReport, Submit, TokenEvent
+
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 0.5  # an idle thread wakes this often, only to renew its heartbeat
+MAX_FAILED_STEPS = 3  # in a row, before the thread gives up
+FAILED = f"the engine stopped: {MAX_FAILED_STEPS} steps in a row failed"
+JOIN_WAIT_S = 5.0  # beyond the grace time, for the step that runs when it ends
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine thread must know of the model and the options, decided at load."""
+
+    max_model_len: int
+    num_kv_blocks: int  # that the core has allocated
+    eos_token_ids: tuple[int, ...]
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+
+
+class Engine:
+    """Computes submitted sequences on a thread of its own.
+
+    `on_report` is called on that thread, once per step with all events of the step, and on the
+    caller's thread for a `submit` that comes after the end.
+    """
+
+    def __init__(
+        self, core: Core, settings: EngineSettings, on_report: Callable[[StepReport], None]
+    ) -> None:
+        if settings.num_kv_blocks * core.block_size < settings.max_model_len:
+            raise ValueError(
+                f"{settings.num_kv_blocks} KV blocks of {core.block_size} tokens cannot hold one "
+                f"sequence of {settings.max_model_len}; allocate more or lower max_model_len"
+            )
+        if settings.max_step_tokens < settings.max_sequences:
+            raise ValueError("max_step_tokens must be at least max_sequences")
+        self._core = core
+        self._settings = settings
+        self._on_report = on_report
+        self._eos_token_ids = frozenset(settings.eos_token_ids)
+        self._scheduler = Scheduler(
+            BlockManager(settings.num_kv_blocks, core.block_size),
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=settings.max_model_len,
+        )
+        self._batch = Batch(
+            core,
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=settings.max_model_len,
+            eos_token_ids=self._eos_token_ids,
+        )
+        self._inbox: deque[Submit | Abort] = deque()
+        self._wake = threading.Event()
+        # Guards the inbox against its end: a message is either read by the thread or refused.
+        self._inbox_lock = threading.Lock()
+        self._closed_with: tuple[FinishReason, str | None] | None = None
+        self._stop_at_s: float | None = None
+        self._is_idle = True
+        self._num_failed_steps = 0
+        self._num_arrivals = 0
+        self._heartbeat_s = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, message: Submit) -> None:
+        """Queue a sequence; callable from any thread. After the end it is answered at once."""
+        with self._inbox_lock:
+            closed_with = self._closed_with
+            if closed_with is None:
+                self._inbox.append(message)
+        if closed_with is None:
+            self._wake.set()
+        else:
+            self._report([_refusal(message, *closed_with)], EngineLoad())
+
+    def abort(self, seq_id: int) -> None:
+        """End a sequence before the next step; unknown and finished ids are ignored."""
+        self._inbox.append(Abort(seq_id))
+        self._wake.set()
+
+    def stop(self, grace_s: float) -> bool:
+        """Refuse new sequences, give the others `grace_s` to finish, then abort them.
+
+        Blocks until the thread has ended, so an event loop calls it in another thread. False
+        where a step did not return in time: the thread is then left behind.
+        """
+        with self._inbox_lock:
+            if self._closed_with is None:
+                self._closed_with = ("abort", None)
+        self._stop_at_s = time.monotonic() + grace_s
+        self._wake.set()
+        if self._thread.ident is None:
+            return True
+        self._thread.join(grace_s + JOIN_WAIT_S)
+        return not self._thread.is_alive()
+
+    def heartbeat_age_s(self) -> float:
+        """Seconds since the thread last came round; a step that hangs makes it grow."""
+        return time.monotonic() - self._heartbeat_s
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def is_idle(self) -> bool:
+        """Whether every message has been handled and no sequence is left."""
+        return self._is_idle and not self._inbox
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where the engine's books do not add up; only while idle."""
+        self._scheduler.check_integrity()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            log.exception("the engine thread ends")
+            self._close(f"the engine failed: {error!r}")
+
+    def _turn(self) -> bool:
+        """Handle the inbox and compute one step, or wait for work; false at the end."""
+        self._heartbeat_s = time.monotonic()
+        if not self._scheduler.has_work and not self._inbox:
+            return self._wait()
+        self._is_idle = False
+        events = self._read_inbox()
+        if self._stop_at_s is not None and self._heartbeat_s >= self._stop_at_s:
+            events += self._scheduler.end_all("abort")
+        num_tokens, step_s = 0, 0.0
+        if self._scheduler.has_work:
+            num_tokens = self._step(events)
+            step_s = time.monotonic() - self._heartbeat_s
+        has_failed = self._num_failed_steps >= MAX_FAILED_STEPS
+        if has_failed:
+            events += self._scheduler.end_all("error", FAILED)
+        if events or num_tokens:
+            self._report(events, self._scheduler.load(), step_s, num_tokens)
+        if has_failed:
+            self._close(FAILED)
+        return not has_failed
+
+    def _wait(self) -> bool:
+        if not self._is_idle:
+            self._scheduler.check_integrity()
+            self._is_idle = True
+        if self._stop_at_s is not None:
+            # Whoever set it had closed the inbox before: what is not in it now never comes.
+            return bool(self._inbox)
+        self._wake.wait(IDLE_WAIT_S)
+        # Cleared before the inbox is read: a message that comes after it sets the event again.
+        self._wake.clear()
+        return True
+
+    def _read_inbox(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Abort):
+                event = self._scheduler.abort(message.seq_id)
+            else:
+                event = self._accept(message)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _accept(self, message: Submit) -> TokenEvent | None:
+        num_tokens = len(message.prompt_ids)
+        limit = self._settings.max_model_len - 1
+        if not 1 <= num_tokens <= limit:
+            return _refusal(
+                message, "error", f"a prompt must have 1 to {limit} tokens, this has {num_tokens}"
+            )
+        self._num_arrivals += 1
+        self._scheduler.add(Sequence(message, self._eos_token_ids, self._num_arrivals))
+        return None
+
+    def _step(self, events: list[TokenEvent]) -> int:
+        """Plan, compute and commit one step; return its number of tokens, 0 where it failed."""
+        plan = self._scheduler.schedule()
+        assert plan.entries, "there is work, but nothing that a step could advance"
+        try:
+            for seq in plan.admitted:
+                self._batch.open_lane(seq)
+            num_tokens, num_sequences, num_rows = self._batch.fill(plan.entries)
+            self._core.step(num_tokens, num_sequences, num_rows)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(plan.entries))
+            events += self._scheduler.fail(plan, f"the model could not be computed: {error}")
+            self._num_failed_steps += 1
+            return 0
+        self._num_failed_steps = 0
+        events += self._scheduler.commit(plan, self._batch.sampled())
+        return num_tokens
+
+    def _close(self, error: str) -> None:
+        """Answer everything that is or will be submitted with an error."""
+        with self._inbox_lock:
+            self._closed_with = ("error", error)
+            unread = [message for message in self._inbox if isinstance(message, Submit)]
+            self._inbox.clear()
+        events = self._scheduler.abandon(error)
+        events += [_refusal(message, "error", error) for message in unread]
+        self._is_idle = True
+        if events:
+            self._report(events, self._scheduler.load())
+
+    def _report(
+        self,
+        events: list[TokenEvent],
+        load: EngineLoad,
+        step_s: float = 0.0,
+        num_step_tokens: int = 0,
+    ) -> None:
+        try:
+            self._on_report(StepReport(tuple(events), load, step_s, num_step_tokens))
+        except Exception:
+            # A callback that fails, such as one whose event loop has closed, has no readers.
+            log.exception("a report was not taken")
+
+
+def _refusal(message: Submit, reason: FinishReason, error: str | None) -> TokenEvent:
+    return TokenEvent(message.seq_id, (), reason, error=error)

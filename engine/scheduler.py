@@ -1,0 +1,296 @@
+"""Which sequences the next step advances and by how many tokens, and what follows from a step.
+
+The engine loop calls `schedule` before and `commit` or `fail` after each step. There is no
+prefill or decode phase: a sequence catches up to its tokens within the step's token budget.
+"""
+
+import time
+from bisect import insort
+from collections.abc import Sequence as Row
+from dataclasses import dataclass, field
+
+from engine.batch import SampledRows
+from engine.block_manager import ROOT_DIGEST, BlockManager, block_digest
+from engine.sequence import Sequence, SequenceStatus
+from engine.types import EngineLoad, FinishReason, TokenEvent
+from engine.verifier import accept_rows
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Which sequences a step advances, by how many tokens; `admitted` ones are new to a lane."""
+
+    entries: list[tuple[Sequence, int]] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+
+
+class Scheduler:
+    """Waiting and running sequences, both in order of arrival, and the blocks they hold."""
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_sequences: int,
+        max_step_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self._blocks = blocks
+        self._block_size = blocks.block_size
+        self._max_sequences = max_sequences
+        self._max_step_tokens = max_step_tokens
+        self._max_model_len = max_model_len
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._sequences: dict[int, Sequence] = {}
+        self._free_lanes = list(range(max_sequences - 1, -1, -1))
+        # Blocks that a running sequence will have computed and published soon, by digest.
+        self._computing: dict[bytes, Sequence] = {}
+        self._num_preemptions = 0
+        self._num_prefix_queried_tokens = 0
+        self._num_prefix_hit_tokens = 0
+        self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence whose prompt leaves room for at least one token."""
+        assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} submitted twice"
+        assert 0 < seq.num_prompt_tokens < self._max_model_len
+        self._sequences[seq.seq_id] = seq
+        insort(self._waiting, seq, key=_by_arrival)
+
+    def abort(self, seq_id: int) -> TokenEvent | None:
+        """End a sequence between two steps; its blocks are free on return."""
+        seq = self._sequences.get(seq_id)
+        return None if seq is None else self._end(seq, "abort")
+
+    def end_all(self, reason: FinishReason, error: str | None = None) -> list[TokenEvent]:
+        return [self._end(seq, reason, error) for seq in list(self._sequences.values())]
+
+    def abandon(self, error: str) -> list[TokenEvent]:
+        """End all sequences after a bug, without touching books that may not add up any more."""
+        sequences = list(self._sequences.values())
+        self._sequences.clear()
+        return [seq.event(finish_reason="error", error=error) for seq in sequences]
+
+    def schedule(self) -> StepPlan:
+        """Plan a step: running sequences first, then waiting ones, in order of arrival."""
+        plan = StepPlan()
+        num_preemptions = self._num_preemptions
+        budget = self._schedule_running(plan)
+        # Blocks that were just taken from somebody are not for a newcomer.
+        if self._waiting and num_preemptions == self._num_preemptions:
+            self._admit(plan, budget)
+        return plan
+
+    def commit(self, plan: StepPlan, rows: SampledRows) -> list[TokenEvent]:
+        """Advance the plan's sequences by what the step computed and sampled."""
+        self._num_steps += 1
+        events: list[TokenEvent] = []
+        block_size = self._block_size
+        row_start = rows.start
+        for index, (seq, num_new_tokens) in enumerate(plan.entries):
+            seq.num_computed_tokens += num_new_tokens
+            if seq.num_computed_tokens // block_size > seq.num_published_blocks:
+                self._publish(seq)
+            first_row, end_row = row_start[index], row_start[index + 1]
+            if first_row == end_row:
+                continue
+            event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
+            if event is not None:
+                events.append(event)
+                if event.finish_reason is not None:
+                    self._leave(seq)
+        return events
+
+    def fail(self, plan: StepPlan, error: str) -> list[TokenEvent]:
+        """End the plan's sequences; nothing that the failed step wrote can be found again."""
+        return [self._end(seq, "error", error) for seq, _ in plan.entries]
+
+    def load(self) -> EngineLoad:
+        return EngineLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._blocks.num_free,
+            num_held_blocks=self._blocks.num_held,
+            num_total_blocks=self._blocks.num_blocks,
+            num_preemptions=self._num_preemptions,
+            num_prefix_queried_tokens=self._num_prefix_queried_tokens,
+            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_steps=self._num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError where blocks, lanes and queues do not add up."""
+        self._blocks.check_integrity([seq.block_ids for seq in self._running])
+        lanes = [seq.lane for seq in self._running] + self._free_lanes
+        assert sorted(lanes) == list(range(self._max_sequences)), "lanes lost or used twice"
+        queued = self._waiting + self._running
+        assert {id(seq) for seq in queued} == {id(seq) for seq in self._sequences.values()}
+        for queue in (self._waiting, self._running):
+            assert queue == sorted(queue, key=_by_arrival), "a queue is out of order"
+        for seq in self._waiting:
+            assert not seq.block_ids, f"waiting {seq.seq_id} holds blocks"
+            assert seq.lane < 0, f"waiting {seq.seq_id} has a lane"
+        for seq in self._computing.values():
+            assert seq.status is SequenceStatus.RUNNING, "a block awaits a sequence that left"
+
+    def _schedule_running(self, plan: StepPlan) -> int:
+        """Plan the running sequences and return what is left of the token budget."""
+        running = self._running
+        # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
+        budget = self._max_step_tokens
+        for seq in running:
+            if len(seq.token_ids) - seq.num_computed_tokens == 1:
+                budget -= 1
+        block_size = self._block_size
+        index = 0
+        while index < len(running):
+            seq = running[index]
+            num_new_tokens = len(seq.token_ids) - seq.num_computed_tokens
+            if num_new_tokens > 1:
+                num_new_tokens = min(num_new_tokens, budget)
+                budget -= num_new_tokens
+            capacity = len(seq.block_ids) * block_size
+            if seq.num_computed_tokens + num_new_tokens > capacity and not self._grow(seq):
+                break
+            if num_new_tokens:
+                plan.entries.append((seq, num_new_tokens))
+            index += 1
+        return budget
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Give `seq` blocks for its tokens, taking them from the latest arrivals if need be.
+
+        False where `seq` itself was the latest. `_running` is in order of arrival and planned
+        from its head, so no victim is in the plan yet.
+        """
+        count = self._blocks.num_blocks_for(len(seq.token_ids)) - len(seq.block_ids)
+        while self._blocks.num_free < count:
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        seq.block_ids += self._blocks.allocate(count)
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Put a running sequence back in the queue, to be computed again from its tokens."""
+        self._num_preemptions += 1
+        self._release(seq)
+        seq.num_computed_tokens = 0
+        if seq.needs_prompt_logprobs:
+            seq.prompt_logprobs = [None]
+        seq.status = SequenceStatus.WAITING
+        insort(self._waiting, seq, key=_by_arrival)
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Start waiting sequences while tokens, lanes and blocks last."""
+        index = 0
+        while budget and index < len(self._waiting) and self._free_lanes:
+            seq = self._waiting[index]
+            prefix = self._usable_prefix(seq)
+            if prefix is None:
+                index += 1
+                continue
+            num_tokens = len(seq.token_ids)
+            count = self._blocks.num_blocks_for(num_tokens) - len(prefix)
+            # A block to spare for each running sequence: admitting into the last ones would
+            # only preempt somebody a few steps later.
+            num_reserved = len(self._running) + 1 if self._running else 0
+            num_free = self._blocks.num_free - self._blocks.num_free_among(prefix)
+            if num_free < count + num_reserved:
+                return
+            del self._waiting[index]
+            self._start(seq, prefix, count)
+            num_new_tokens = min(num_tokens - seq.num_computed_tokens, budget)
+            budget -= num_new_tokens
+            plan.entries.append((seq, num_new_tokens))
+            plan.admitted.append(seq)
+
+    def _usable_prefix(self, seq: Sequence) -> Row[int] | None:
+        """Find the cached blocks that `seq` can start from; None: somebody computes more of them.
+
+        Equal prompts that arrive together thus wait for the first of them, instead of each
+        computing the same blocks.
+        """
+        if seq.needs_prompt_logprobs:
+            return []
+        if seq.awaited_digest is not None and seq.awaited_digest in self._computing:
+            return None
+        num_tokens = len(seq.token_ids)
+        self._extend_digests(seq, num_tokens // self._block_size)
+        # The last token is computed in any case: its logits are wanted.
+        max_blocks = (num_tokens - 1) // self._block_size
+        prefix = self._blocks.find_prefix(seq.block_digests, max_blocks)
+        if len(prefix) < max_blocks and seq.block_digests[len(prefix)] in self._computing:
+            seq.awaited_digest = seq.block_digests[len(prefix)]
+            return None
+        seq.awaited_digest = None
+        return prefix
+
+    def _start(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
+        self._blocks.share(prefix)
+        seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
+        seq.num_published_blocks = len(prefix)
+        seq.num_computed_tokens = len(prefix) * self._block_size
+        seq.lane = self._free_lanes.pop()
+        seq.status = SequenceStatus.RUNNING
+        insort(self._running, seq, key=_by_arrival)
+        for digest in seq.block_digests[len(prefix) :]:
+            self._computing.setdefault(digest, seq)
+        if seq.queued_s is None:
+            seq.queued_s = time.monotonic() - seq.arrived_at_s
+            seq.num_cached_tokens = seq.num_computed_tokens
+            if not seq.needs_prompt_logprobs:
+                self._num_prefix_queried_tokens += seq.num_prompt_tokens
+                self._num_prefix_hit_tokens += seq.num_cached_tokens
+
+    def _extend_digests(self, seq: Sequence, num_blocks: int) -> None:
+        digests = seq.block_digests
+        size = self._block_size
+        for index in range(len(digests), num_blocks):
+            parent = digests[-1] if digests else ROOT_DIGEST
+            digests.append(block_digest(parent, seq.token_ids[index * size : (index + 1) * size]))
+
+    def _publish(self, seq: Sequence) -> None:
+        """Let others share the blocks that `seq` has filled."""
+        num_full = seq.num_computed_tokens // self._block_size
+        self._extend_digests(seq, num_full)
+        for index in range(seq.num_published_blocks, num_full):
+            digest = seq.block_digests[index]
+            self._blocks.publish(seq.block_ids[index], digest)
+            if self._computing.get(digest) is seq:
+                del self._computing[digest]
+        seq.num_published_blocks = num_full
+
+    def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
+        self._leave(seq)
+        return seq.event(finish_reason=reason, error=error)
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.status is SequenceStatus.RUNNING:
+            self._release(seq)
+        else:
+            self._waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+        del self._sequences[seq.seq_id]
+
+    def _release(self, seq: Sequence) -> None:
+        """Take everything that running gave to a sequence back from it."""
+        self._running.remove(seq)
+        for digest in seq.block_digests[seq.num_published_blocks :]:
+            if self._computing.get(digest) is seq:
+                del self._computing[digest]
+        self._blocks.release(seq.block_ids)
+        seq.block_ids = []
+        seq.num_published_blocks = 0
+        self._free_lanes.append(seq.lane)
+        seq.lane = -1
+
+
+def _by_arrival(seq: Sequence) -> int:
+    return seq.arrival_index
