@@ -1,0 +1,1 @@
+"""Files of weights: their formats, and where they come from."""

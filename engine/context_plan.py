@@ -1,0 +1,74 @@
+"""How long a sequence may get and how many KV blocks there are: from the settings, the model and
+the memory that is left. The loader calls it.
+"""
+
+import msgspec
+
+from engine.config import ConfigError, EngineConfig
+from engine.machine import available_memory_bytes
+
+# Longer contexts are for the user to ask for: their KV cache is what the memory goes to.
+_DEFAULT_MAX_MODEL_LEN = 8192
+_MAX_DEFAULT_KV_BYTES = 1 << 30
+_DEFAULT_KV_SHARE = 4  # at most 1/4 of the available memory
+
+
+class ContextPlan(msgspec.Struct, frozen=True):
+    """The two numbers, each with its reason for the start-up table."""
+
+    max_model_len: int
+    max_model_len_reason: str
+    num_kv_blocks: int
+    num_blocks_reason: str
+
+
+def plan_context(
+    config: EngineConfig, max_position: int, block_size: int, block_bytes: int
+) -> ContextPlan:
+    """Choose the context length and the number of KV blocks, after the weights are loaded.
+
+    `max_position` is the model's own limit in tokens. What the user asked for is kept or refused
+    with a ConfigError; defaults give way to what the memory holds.
+    """
+    max_model_len, len_reason = _wanted_model_len(config, max_position)
+    num_blocks, blocks_reason = _wanted_blocks(config, max_model_len, block_size, block_bytes)
+    needed = -(-max_model_len // block_size)
+    if num_blocks < needed:
+        if config.max_model_len is not None or num_blocks == 0:
+            raise ConfigError(
+                f"the KV cache ({blocks_reason}) holds {num_blocks * block_size} tokens; one "
+                f"sequence of {max_model_len} needs --kv-memory {needed * block_bytes} (bytes), "
+                "or set a lower --max-model-len"
+            )
+        max_model_len = num_blocks * block_size
+        len_reason = "what the KV cache holds"
+    return ContextPlan(max_model_len, len_reason, num_blocks, blocks_reason)
+
+
+def _wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
+    if config.max_model_len is None:
+        if own <= _DEFAULT_MAX_MODEL_LEN:
+            return own, "the model's own"
+        return _DEFAULT_MAX_MODEL_LEN, f"default; --max-model-len allows the model's own {own}"
+    if config.max_model_len > own:
+        raise ConfigError(f"--max-model-len {config.max_model_len}: the model was made for {own}")
+    return config.max_model_len, "--max-model-len"
+
+
+def _wanted_blocks(
+    config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int
+) -> tuple[int, str]:
+    available = available_memory_bytes()
+    if config.kv_memory_bytes is not None:
+        if config.kv_memory_bytes > available:
+            raise ConfigError(
+                f"--kv-memory {config.kv_memory_bytes}: only {available} bytes are available"
+            )
+        return config.kv_memory_bytes // block_bytes, "--kv-memory"
+    full = config.max_sequences * -(-max_model_len // block_size)
+    share = available // _DEFAULT_KV_SHARE
+    limit = min(share, _MAX_DEFAULT_KV_BYTES)
+    if full * block_bytes <= limit:
+        return full, f"{config.max_sequences} sequences of full length"
+    limit_reason = "1 GiB" if limit == _MAX_DEFAULT_KV_BYTES else "a quarter of available memory"
+    return limit // block_bytes, f"default limit, {limit_reason}; --kv-memory sets it"

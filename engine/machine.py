@@ -1,0 +1,95 @@
+"""What this process may use of the machine: cores and memory, container limits included.
+
+The loader asks, to choose the number of threads and the size of the KV cache.
+"""
+
+import os
+from pathlib import Path
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_CPU_FOLDER = Path("/sys/devices/system/cpu")
+
+
+def physical_cores() -> int:
+    """Physical cores that the process's affinity and its CPU quota leave it; at least 1."""
+    cpus = os.sched_getaffinity(0)
+    cores = {_siblings(cpu) for cpu in cpus}
+    quota = _cpu_quota()
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def available_memory_bytes() -> int:
+    """Bytes that can be allocated without swapping or meeting a container's limit."""
+    available = [_meminfo_available_bytes()]
+    for folder in _cgroup_folders("memory"):
+        limit = _read_integer(folder / "memory.max", folder / "memory.limit_in_bytes")
+        used = _read_integer(folder / "memory.current", folder / "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            # The page cache counts as used there, but it makes room.
+            available.append(limit - used + _inactive_file_bytes(folder))
+    return max(0, min(available))
+
+
+def _siblings(cpu: int) -> str:
+    path = _CPU_FOLDER / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+    try:
+        return path.read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota() -> float | None:
+    """The tightest quota in cores on the way up, or None where there is none."""
+    quotas = []
+    for folder in _cgroup_folders("cpu"):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            quota = str(_read_integer(folder / "cpu.cfs_quota_us") or "max")
+            period = str(_read_integer(folder / "cpu.cfs_period_us") or 0)
+        if quota not in ("max", "-1") and int(period) > 0:
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _cgroup_folders(controller: str) -> list[Path]:
+    """The process's control groups with this controller, the innermost first, up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CGROUP_ROOT / controllers if controllers else _CGROUP_ROOT
+        group = root / name.lstrip("/")
+        folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return folders
+
+
+def _meminfo_available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _inactive_file_bytes(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return int(fields.get("inactive_file", 0))
+
+
+def _read_integer(*paths: Path) -> int | None:
+    """The number in the first of the files that holds one; "max" is none."""
+    for path in paths:
+        try:
+            return int(path.read_text())
+        except (OSError, ValueError):
+            continue
+    return None
