@@ -1,0 +1,1 @@
+"""The event loop: HTTP in, server-sent events out. Knows nothing of tensors."""

@@ -1,0 +1,75 @@
+"""`python -m server`: parse the options, load the model, print the start-up table, serve."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from engine.config import ConfigError
+from engine.loader import LoadedModel, load_model
+from engine.loop import Engine, EngineSettings
+from engine.tokenizer.errors import ChatTemplateError, TokenizerError
+from engine.types import StepReport
+from server.app import create_app
+from server.logs import start_logging
+from server.options import Options, parse_options
+from server.run import bind, run
+from server.served import GenerationDefaults, ServedModel
+from server.startup import print_table
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(argv, os.environ)
+    listener = start_logging(options.log_format)
+    try:
+        return _serve(options)
+    except (ConfigError, TokenizerError, ChatTemplateError) as error:
+        print(f"python -m server: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # interrupted while loading
+    finally:
+        listener.stop()
+
+
+def _serve(options: Options) -> int:
+    sockets = bind(options.host, options.port)
+    loaded = load_model(options.engine)
+    settings = EngineSettings(
+        max_model_len=loaded.max_model_len,
+        num_kv_blocks=loaded.num_kv_blocks,
+        eos_token_ids=loaded.eos_token_ids,
+        max_sequences=options.engine.max_sequences,
+        max_step_tokens=options.engine.max_step_tokens,
+    )
+
+    def make_engine(on_report: Callable[[StepReport], None]) -> Engine:
+        return Engine(loaded.core, settings, on_report)
+
+    model = _served(loaded, options.served_model_name)
+    app = create_app(model, options.settings, make_engine)
+    return run(
+        app,
+        sockets,
+        lambda address: print_table(loaded, model.name, address, options.log_format),
+    )
+
+
+def _served(loaded: LoadedModel, name: str | None) -> ServedModel:
+    return ServedModel(
+        name=name or loaded.name,
+        created=int(time.time()),
+        tokenizer=loaded.tokenizer,
+        chat_template=loaded.chat_template,
+        max_model_len=loaded.max_model_len,
+        fingerprint=loaded.fingerprint,
+        defaults=msgspec.convert(
+            loaded.generation_defaults, GenerationDefaults, from_attributes=True
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""The aiohttp application: routes, middlewares, and the engine's start and stop around it all.
+
+`__main__` runs it with the real engine, the tests with a scripted one.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from server import auth, chat, completions, models, operations
+from server.admission import Limits
+from server.engine_client import EngineClient, EngineFactory
+from server.errors import ApiError
+from server.http import CLIENT, METRICS, MODEL, REQUEST_ID, SETTINGS, USAGE, Settings, too_large
+from server.metrics import Metrics
+from server.served import ServedModel
+from server.sse import OPEN_WRITERS, OpenWriters
+
+logger = logging.getLogger("fulcrum")
+access_logger = logging.getLogger("fulcrum.access")
+
+_WATCH_INTERVAL_S = 0.5
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+def create_app(
+    model: ServedModel, settings: Settings, make_engine: EngineFactory
+) -> web.Application:
+    """An app that starts its engine with `make_engine(on_report)` and stops it at the end."""
+    middlewares: list[Middleware] = [_answer]
+    if settings.api_key is not None:
+        middlewares.append(auth.require_key(settings.api_key))
+    app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
+    metrics = Metrics(model.name, lambda: app[CLIENT].load)
+    app[MODEL] = model
+    app[SETTINGS] = settings
+    app[METRICS] = metrics
+    app[OPEN_WRITERS] = OpenWriters()
+    app[CLIENT] = EngineClient(
+        make_engine,
+        model.tokenizer,
+        Limits(settings.max_sequences, settings.max_queue),
+        metrics,
+        stale_s=settings.health_stale_s,
+    )
+    app.on_response_prepare.append(_set_request_id)
+    app.cleanup_ctx.append(_engine)
+    app.cleanup_ctx.append(_watchdog)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{model:.+}", models.get_model),
+            web.post("/tokenize", operations.tokenize),
+            web.post("/detokenize", operations.detokenize),
+            web.get("/health", operations.health),
+            web.get("/metrics", operations.metrics),
+            web.get("/version", operations.version),
+        ]
+    )
+    return app
+
+
+async def _engine(app: web.Application) -> AsyncIterator[None]:
+    app[CLIENT].start()
+    yield
+    await app[CLIENT].stop()
+
+
+async def _watchdog(app: web.Application) -> AsyncIterator[None]:
+    """Now and then look for what no event tells of: a dead engine, a reader that stalls."""
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            app[CLIENT].check_engine()
+            app[OPEN_WRITERS].cut_stalled(app[SETTINGS].stalled_reader_s)
+
+    task = asyncio.create_task(watch())
+    yield
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _set_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    if REQUEST_ID in request:
+        response.headers["x-request-id"] = request[REQUEST_ID]
+
+
+@web.middleware
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Outermost: a request id, errors in OpenAI's envelope, one line in the access log."""
+    began_s = time.monotonic()
+    given_id = request.headers.get("x-request-id", "")
+    request[REQUEST_ID] = given_id if _REQUEST_ID.fullmatch(given_id) else f"req_{uuid.uuid4().hex}"
+    status = 499  # nginx's number for a client that went away
+    try:
+        response = await _guarded(request, handler)
+        if request.transport is not None:
+            status = response.status
+    finally:
+        if request.path not in auth.OPEN_PATHS:
+            _log_access(request, status, time.monotonic() - began_s)
+    return response
+
+
+async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return _error_response(error)
+    except web.HTTPRequestEntityTooLarge:
+        return _error_response(too_large(request.app[SETTINGS].max_body_bytes))
+    except web.HTTPException as error:
+        response = _error_response(_http_error(request, error))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except Exception:
+        logger.exception("unexpected error in %s %s", request.method, request.path)
+        return _error_response(ApiError(500, "Internal server error."))
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:
+    if error.status == 404:
+        return ApiError(404, f"There is no '{request.path:.100}' here.", code="unknown_url")
+    if error.status == 405:
+        return ApiError(
+            405, f"'{request.path}' does not take {request.method}.", code="method_not_allowed"
+        )
+    return ApiError(error.status, error.reason)
+
+
+def _error_response(error: ApiError) -> web.Response:
+    response = web.Response(body=error.body(), status=error.status, content_type="application/json")
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    if error.status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
+    return response
+
+
+def _log_access(request: web.Request, status: int, duration_s: float) -> None:
+    usage = request.get(USAGE)
+    access_logger.info(
+        "%s %s %d %.1f ms",
+        request.method,
+        request.path,
+        status,
+        duration_s * 1000,
+        extra={
+            "fields": {
+                "method": request.method,
+                "path": request.path,
+                "status": status,
+                "duration_ms": round(duration_s * 1000, 1),
+                "request_id": request[REQUEST_ID],
+                "prompt_tokens": usage.prompt_tokens if usage else None,
+                "completion_tokens": usage.completion_tokens if usage else None,
+            }
+        },
+    )

@@ -1,0 +1,146 @@
+"""All sequences of one HTTP request, from admission to their last token.
+
+The endpoints open a `Generation`, submit prompts to it, read deltas and close it; closing aborts
+what still runs, which is how a client that goes away frees its blocks.
+"""
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from engine.types import SamplingParams, Submit, TokenEvent
+from server.errors import ApiError
+from server.protocol import PromptTokensDetails, Usage
+from server.stream import Delta, Stream
+
+if TYPE_CHECKING:
+    from server.engine_client import EngineClient
+
+
+class Generation:
+    """Mutable, on the event loop only. Made by `EngineClient.open`, which reserved its places."""
+
+    def __init__(self, client: "EngineClient", num_sequences: int) -> None:
+        self.streams: list[Stream] = []
+        self._client = client
+        self._num_reserved = num_sequences
+        self._num_choices = 1
+        self._num_unfinished = 0
+        self._ready: list[Stream] = []
+        self._wake: asyncio.Future[None] | None = None
+        self._only_at_end = False
+        self._error: ApiError | None = None
+        self._closed = False
+
+    def submit(
+        self,
+        prompts: list[list[int]],
+        choices: list[list[SamplingParams]],
+        *,
+        stops: tuple[str, ...] = (),
+        hide_output: bool = False,
+    ) -> None:
+        """Send every prompt to the engine, once for each of its choices' parameters."""
+        arrived_at_s = time.monotonic()
+        self._num_choices = len(choices[0])
+        for prompt, params_by_choice in zip(prompts, choices, strict=True):
+            prompt_ids = tuple(prompt)
+            for params in params_by_choice:
+                stream = Stream(
+                    len(self.streams),
+                    self._client.next_seq_id(),
+                    self._client.tokenizer.detokenizer(),
+                    stops=stops,
+                    min_tokens=params.min_tokens,
+                    num_prompt_tokens=len(prompt_ids),
+                    hide_output=hide_output,
+                )
+                stream.submitted_s = arrived_at_s
+                self.streams.append(stream)
+                self._num_unfinished += 1
+                self._num_reserved -= 1  # the client keeps the place until the engine is done
+                self._client.submit(
+                    self, stream, Submit(stream.seq_id, prompt_ids, params, arrived_at_s)
+                )
+
+    async def take(self) -> list[Delta]:
+        """Wait for what is new, at most one delta per choice; empty when all have finished."""
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if self._num_unfinished == 0:
+                return []
+            await self._wait()
+        ready, self._ready = self._ready, []
+        return [stream.take() for stream in ready]
+
+    async def take_all(self) -> list[Delta]:
+        """Wait for the end and return each choice whole."""
+        self._only_at_end = True
+        while self._num_unfinished and self._error is None:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        return [stream.take() for stream in self.streams]
+
+    def push(self, stream: Stream, event: TokenEvent) -> None:
+        """Apply one event; called by the client as the engine's report comes in."""
+        if self._closed or stream.finish_reason is not None:
+            return
+        if event.finish_reason == "error":
+            self.fail(ApiError(500, f"The engine failed: {event.error or 'unknown error'}."))
+            return
+        if event.finish_reason == "abort":
+            # Nobody asked for it while the request is open: the server is going down.
+            self.fail(ApiError(503, "The server is shutting down.", code="shutting_down"))
+            return
+        had_delta = stream.has_delta
+        stream.push(event)
+        if not had_delta:
+            self._ready.append(stream)
+        if stream.finish_reason is not None:
+            self._num_unfinished -= 1
+        if not self._only_at_end or self._num_unfinished == 0:
+            self._notify()
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error, after what is already visible."""
+        if self._error is None and not self._closed:
+            self._error = error
+            self._abort_unfinished()
+            self._notify()
+
+    def close(self) -> None:
+        """Abort what still runs and give back unused places. Safe to call twice."""
+        if self._closed:
+            return
+        self._abort_unfinished()
+        self._closed = True
+        self._client.close(self, self._num_reserved)
+
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt counts once, however many choices it has."""
+        first_choices = self.streams[:: self._num_choices]
+        num_prompt = sum(stream.num_prompt_tokens for stream in first_choices)
+        num_output = sum(stream.num_tokens for stream in self.streams)
+        num_cached = sum(stream.num_cached_tokens for stream in first_choices)
+        return Usage(
+            num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached)
+        )
+
+    def _abort_unfinished(self) -> None:
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                stream.finish_reason = "abort"
+                self._client.abort(stream.seq_id)
+
+    async def _wait(self) -> None:
+        self._wake = asyncio.get_running_loop().create_future()
+        try:
+            await self._wake
+        finally:
+            self._wake = None
+
+    def _notify(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)

@@ -1,0 +1,70 @@
+"""Log output as text or as one JSON object a line, written by a thread of its own.
+
+Set up once by `__main__`. The event loop only queues records: a reader of standard error that
+stands still must not hold up a stream. No prompt and no generated text is ever logged.
+"""
+
+import logging
+import logging.handlers
+import queue
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+LogFormat = Literal["text", "json"]
+
+_MAX_QUEUED_RECORDS = 10_000
+
+
+def start_logging(log_format: LogFormat) -> logging.handlers.QueueListener:
+    """Send all records to standard error in that format; the caller stops the listener."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
+    records: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_QUEUED_RECORDS)
+    root = logging.getLogger()
+    root.handlers[:] = [_DroppingHandler(records)]
+    root.setLevel(logging.INFO)
+    listener = logging.handlers.QueueListener(records, handler)
+    listener.start()
+    return listener
+
+
+class _DroppingHandler(logging.handlers.QueueHandler):
+    """Drops records while the queue is full, rather than wait for it."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            return
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # The formatters run in this process: the record may keep its exception and its fields.
+        return record
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", {})
+        shown = ("request_id", "prompt_tokens", "completion_tokens")
+        extra = "".join(f" {name}={fields[name]}" for name in shown if fields.get(name) is not None)
+        return super().format(record) + extra
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {k: v for k, v in getattr(record, "fields", {}).items() if v is not None}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()

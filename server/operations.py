@@ -1,0 +1,94 @@
+"""Endpoints beside generation: tokenize, detokenize, health, metrics, version."""
+
+import importlib.metadata
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server import protocol
+from server.chat import encode_messages
+from server.errors import invalid
+from server.http import CLIENT, METRICS, MODEL, check_model, json_response, read_body
+from server.protocol import DetokenizeRequest, TokenizeRequest
+from server.tokens import run_sized
+
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """Ids of a text, or of a conversation as the chat endpoint would encode it."""
+    raw = await read_body(request)
+    body = protocol.decode(_TOKENIZE, raw)
+    model = request.app[MODEL]
+    check_model(model, body.model)
+    prompt = body.prompt
+    if (prompt is None) == (body.messages is None):
+        raise invalid("prompt", "Send either 'prompt' or 'messages'.")
+    if prompt is not None:
+        text = prompt
+        tokens = await run_sized(
+            len(raw),
+            lambda: model.tokenizer.encode(
+                text, add_bos=body.add_special_tokens, parse_special=False
+            ),
+        )
+    else:
+        tokens = await encode_messages(
+            model,
+            body.messages or [],
+            len(raw),
+            add_generation_prompt=body.add_generation_prompt,
+        )
+    return json_response(
+        {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens}
+    )
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    """Text of ids, control tokens by their spelling."""
+    body = protocol.decode(_DETOKENIZE, await read_body(request))
+    model = request.app[MODEL]
+    check_model(model, body.model)
+
+    def decode() -> str:
+        if any(not 0 <= token_id < model.vocab_size for token_id in body.tokens):
+            raise invalid("tokens", f"'tokens' holds an id that is not below {model.vocab_size}.")
+        return model.tokenizer.decode(body.tokens, skip_special=False)
+
+    return json_response({"prompt": await run_sized(len(body.tokens), decode)})
+
+
+async def health(request: web.Request) -> web.Response:
+    """Whether new requests should come here; with `?check=live`, whether the engine works."""
+    state = request.app[CLIENT].health()
+    healthy = state.status == "ok" or (
+        state.status == "draining" and request.query.get("check") == "live"
+    )
+    answer = {"status": state.status, "heartbeat_age_s": round(state.heartbeat_age_s, 3)}
+    return json_response(answer, 200 if healthy else 503)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    body = request.app[METRICS].render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def package_version() -> str:
+    """The installed version; a source tree that was never installed has none."""
+    try:
+        return importlib.metadata.version("fulcrum")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
+
+
+async def version(request: web.Request) -> web.Response:
+    model = request.app[MODEL]
+    return json_response(
+        {
+            "version": package_version(),
+            "model": model.name,
+            "system_fingerprint": model.fingerprint,
+        }
+    )

@@ -1,0 +1,231 @@
+"""Command line options, each also readable as FULCRUM_<NAME>; the command line wins.
+
+`__main__` parses them once. A value that cannot work ends the program with one line and exit
+code 2, before anything is loaded.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn, cast
+
+import msgspec
+
+from engine.config import ConfigError, EngineConfig
+from server.http import Settings
+from server.logs import LogFormat
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?b|b|)", re.IGNORECASE)
+_EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    engine: EngineConfig
+    settings: Settings
+    served_model_name: str | None
+    host: str
+    port: int
+    log_format: LogFormat
+
+
+def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
+    """Options from both places; exits with code 2 and one line if one cannot work."""
+    parser = _build_parser()
+    from_environ = []
+    for action in parser._actions:
+        variable = environment_variable(action.option_strings[-1])
+        if action.nargs != 0 and environ.get(variable):
+            from_environ.append(f"{action.option_strings[-1]}={environ[variable]}")
+    args = parser.parse_args([*from_environ, *argv])
+    try:
+        return _to_options(args)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def environment_variable(flag: str) -> str:
+    return "FULCRUM_" + flag.removeprefix("--").replace("-", "_").upper()
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "512MB", "2GiB" or a plain number."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; write 512MB, 2GiB or plain bytes")
+    unit = match[2].lower()
+    base = 1024 if "i" in unit else 1000
+    return int(float(match[1]) * base ** _EXPONENTS[unit.rstrip("b").rstrip("i")])
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="python -m server",
+        description="Serve a language model over OpenAI's HTTP API.",
+        epilog="Every option can also be set as FULCRUM_<NAME>, e.g. FULCRUM_MAX_QUEUE=32.",
+        allow_abbrev=False,
+    )
+    _add_model_options(parser)
+    _add_http_options(parser)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    defaults = EngineConfig()
+    group = parser.add_argument_group("model and engine")
+    group.add_argument(
+        "--model",
+        default=defaults.model,
+        help="short name, folder, .gguf file or hub id (default: %(default)s)",
+    )
+    group.add_argument("--served-model-name", help="name in the API (default: the model's own)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
+    group.add_argument(
+        "--quantization",
+        choices=("auto", "none", "int8", "int4"),
+        default=defaults.quantization,
+        help="weights' format; none is bf16, auto keeps what the file has (default: auto)",
+    )
+    group.add_argument(
+        "--kv-memory", type=parse_size, help="memory of the KV cache, e.g. 512MB or 2GiB"
+    )
+    group.add_argument(
+        "--max-model-len", type=_count(1), help="tokens of prompt and output together"
+    )
+    group.add_argument(
+        "--max-sequences",
+        type=_count(1),
+        default=defaults.max_sequences,
+        help="sequences computed at once (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-step-tokens",
+        type=_count(1),
+        default=defaults.max_step_tokens,
+        help="tokens computed in one step (default: %(default)s)",
+    )
+    group.add_argument("--threads", type=_count(1), help="compute threads (default: one per core)")
+
+
+def _add_http_options(parser: argparse.ArgumentParser) -> None:
+    defaults = Settings()
+    group = parser.add_argument_group("HTTP")
+    group.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    group.add_argument(
+        "--port", type=_count(0, 65535), default=8000, help="0 picks a free one (default: 8000)"
+    )
+    group.add_argument("--api-key", help="ask clients for this key")
+    group.add_argument("--api-key-file", type=Path, help="the same, read from a file")
+    group.add_argument(
+        "--max-queue",
+        type=_count(0),
+        default=defaults.max_queue,
+        help="sequences that may wait; beyond them 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-body",
+        type=parse_size,
+        default=defaults.max_body_bytes,
+        help="largest request body; beyond it 413 (default: 8MiB)",
+    )
+    group.add_argument(
+        "--grace-s",
+        type=_seconds(0.0),
+        default=defaults.grace_s,
+        help="on SIGTERM, time for running requests to finish (default: %(default)s)",
+    )
+    group.add_argument(
+        "--health-stale-s",
+        type=_seconds(1.0),
+        default=defaults.health_stale_s,
+        help="age of the engine's heartbeat that makes /health fail (default: %(default)s)",
+    )
+    group.add_argument(
+        "--stalled-reader-s",
+        type=_seconds(1.0),
+        default=defaults.stalled_reader_s,
+        help="time without reading after which a stream is closed (default: %(default)s)",
+    )
+    group.add_argument("--log-format", choices=("text", "json"), default="text")
+
+
+def _to_options(args: argparse.Namespace) -> Options:
+    if args.served_model_name == "":
+        raise ConfigError("--served-model-name: must not be empty")
+    if args.max_body < 1:
+        raise ConfigError("--max-body: must be at least 1 byte")
+    return Options(
+        engine=EngineConfig(
+            model=args.model,
+            device=args.device,
+            quantization=args.quantization,
+            kv_memory_bytes=args.kv_memory,
+            max_model_len=args.max_model_len,
+            max_sequences=args.max_sequences,
+            max_step_tokens=args.max_step_tokens,
+            num_threads=args.threads,
+        ),
+        settings=Settings(
+            api_key=_api_key(args.api_key, args.api_key_file),
+            max_body_bytes=args.max_body,
+            max_sequences=args.max_sequences,
+            max_queue=args.max_queue,
+            grace_s=args.grace_s,
+            health_stale_s=args.health_stale_s,
+            stalled_reader_s=args.stalled_reader_s,
+        ),
+        served_model_name=args.served_model_name,
+        host=args.host,
+        port=args.port,
+        log_format=cast(LogFormat, args.log_format),
+    )
+
+
+def _api_key(key: str | None, file: Path | None) -> str | None:
+    if file is None and key is None:
+        return None
+    if file is not None and key is not None:
+        raise ConfigError("--api-key and --api-key-file: give one of them")
+    name = "--api-key"
+    if file is not None:
+        name = f"--api-key-file {file}"
+        try:
+            key = file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigError(f"{name}: {reason}") from None
+    if not key or re.fullmatch(r"[\x21-\x7e]+", key) is None:
+        raise ConfigError(f"{name}: a key is one or more printable ASCII characters, no spaces")
+    return key
+
+
+def _count(low: int, high: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if re.fullmatch(r"\d{1,12}", text) else -1
+        if value < low or (high is not None and value > high):
+            bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {bound}")
+        return value
+
+    return parse
+
+
+def _seconds(low: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from {low:g}")
+        return value
+
+    return parse

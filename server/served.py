@@ -1,0 +1,43 @@
+"""What the endpoints know of the loaded model: a frozen view, made once at start-up."""
+
+from typing import Any, Protocol
+
+import msgspec
+
+from engine.tokenizer.protocol import Tokenizer
+
+
+class ChatEncoder(Protocol):
+    """The part of a chat template that the server uses."""
+
+    def encode(
+        self,
+        messages: list[dict[str, Any]],
+        tokenizer: Tokenizer,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]: ...
+
+
+class GenerationDefaults(msgspec.Struct, frozen=True):
+    """Sampling that the model's authors recommend; None where they say nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    created: int  # Unix time
+    tokenizer: Tokenizer
+    chat_template: ChatEncoder | None
+    max_model_len: int
+    fingerprint: str  # identifies weights and settings; `system_fingerprint` in answers
+    defaults: GenerationDefaults = GenerationDefaults()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size

@@ -1,0 +1,49 @@
+"""The start-up table: what was loaded, in which formats, and where it listens."""
+
+import msgspec
+
+from engine.loader import LoadedModel
+from server.logs import LogFormat
+
+
+def print_table(loaded: LoadedModel, name: str, address: str, log_format: LogFormat) -> None:
+    """Print to standard output, once the socket listens."""
+    num_tokens = loaded.num_kv_blocks * loaded.core.block_size
+    if log_format == "json":
+        print(
+            msgspec.json.encode(
+                {
+                    "message": "listening",
+                    "model": name,
+                    "weights_bytes": loaded.weights_bytes,
+                    "formats": loaded.formats,
+                    "quantization_reason": loaded.quantization_reason,
+                    "kv_blocks": loaded.num_kv_blocks,
+                    "kv_tokens": num_tokens,
+                    "kv_reason": loaded.num_blocks_reason,
+                    "max_model_len": loaded.max_model_len,
+                    "max_model_len_reason": loaded.max_model_len_reason,
+                    "threads": loaded.num_threads,
+                    "isa": loaded.isa,
+                    "address": address,
+                }
+            ).decode(),
+            flush=True,
+        )
+        return
+    kv_bytes = loaded.num_kv_blocks * loaded.core.kv_bytes_per_block
+    rows = (
+        ("model", name),
+        ("weights", f"{loaded.weights_bytes / 1e6:.1f} MB"),
+        ("formats", f"{loaded.formats} ({loaded.quantization_reason})"),
+        (
+            "KV cache",
+            f"{loaded.num_kv_blocks} blocks, {num_tokens} tokens, {kv_bytes / 1e6:.1f} MB "
+            f"({loaded.num_blocks_reason})",
+        ),
+        ("max length", f"{loaded.max_model_len} tokens ({loaded.max_model_len_reason})"),
+        ("threads", str(loaded.num_threads)),
+        ("ISA", loaded.isa),
+        ("address", address),
+    )
+    print("\n".join(f"{label:<11} {value}" for label, value in rows), flush=True)
