@@ -136,12 +136,13 @@ class Linear:
     def forward(
         self,
         x: NDArray[np.float32],
-        accumulate_into: NDArray[np.float32] | None = None,
+        out: NDArray[np.float32] | None = None,
+        accumulate: bool = False,
         tile_begin: int = 0,
         tile_end: int = -1,
     ) -> NDArray[np.float32]:
-        """x (T, num_cols) times the matrix, transposed: (T, num_rows), on the calling thread.
-        Channels outside the tile range hold accumulate_into, or zero."""
+        """Multiply x (T, num_cols) by the transposed matrix, on the calling thread. The result is
+        `out`, (T, at least num_rows), or a new array; channels outside the tile range stay."""
 
 def quantize_activations(
     isa: str, x: NDArray[np.float32]

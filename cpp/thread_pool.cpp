@@ -11,7 +11,7 @@ namespace {
 // long before it sleeps. In a barrier it yields after a shorter spin, since the thread that it
 // waits for may need this very core.
 constexpr int kSpinsBeforeSleep = 2000;
-constexpr int kSpinsBeforeYield = 4000;
+constexpr int kSpinsBeforeYield = 500;
 
 inline void pause_cpu() {
 #if defined(__x86_64__)

@@ -61,9 +61,7 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
-def reference_attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int
-) -> np.ndarray:
+def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
     num_queries, num_heads, _ = q.shape
     length, num_kv_heads, _ = k.shape
     k, v = to_bf16(k).astype(np.float64), to_bf16(v).astype(np.float64)
@@ -93,7 +91,13 @@ def random_attention(
 @pytest.mark.parametrize("window", [0, 1, 5, 64, 100])
 @pytest.mark.parametrize(
     ("num_queries", "length", "num_heads", "num_kv_heads", "head_dim"),
-    [(1, 1, 1, 1, 16), (1, 200, 9, 3, 64), (37, 37, 4, 2, 32), (20, 300, 4, 1, 256), (3, 65, 5, 5, 80)],
+    [
+        (1, 1, 1, 1, 16),
+        (1, 200, 9, 3, 64),
+        (37, 37, 4, 2, 32),
+        (20, 300, 4, 1, 256),
+        (3, 65, 5, 5, 80),
+    ],
 )
 def test_attention_equals_float64(
     isa: str,

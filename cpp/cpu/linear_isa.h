@@ -1,0 +1,22 @@
+// The parts of LinearKernels that are written once per instruction set; linear.cpp joins them
+// with the packing code of the layout they read. Declarations only: this header is included by
+// files compiled with ISA flags.
+#pragma once
+
+#include "linear.h"
+
+namespace fulcrum {
+
+void quantize_rows_portable(const Activations& x, int K, int row_begin, int row_end);
+void gemm_portable(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+                   int tile_begin, int tile_end, bool accumulate);
+
+void quantize_rows_avx2(const Activations& x, int K, int row_begin, int row_end);
+void gemm_avx2(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+               int tile_begin, int tile_end, bool accumulate);
+
+// Rows are quantized by the AVX2 code, which every machine with AVX-512 runs.
+void gemm_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+                 int tile_begin, int tile_end, bool accumulate);
+
+}  // namespace fulcrum

@@ -1,0 +1,92 @@
+// The loops over rows and tiles that the vector instruction sets share. All are templates on a
+// kernel that is local to the including file, which makes every instance local as well: nothing
+// compiled with one file's ISA flags can end up in another.
+//
+// A kernel has: Tile, the element of its layout; tile_elements(K), how many make a tile;
+// row_bytes(K), of the activations; kRows, the rows of its register block; kPairsTiles, whether it
+// can compute several tiles at once, for one or two rows; and
+//   run<Rows, Tiles, kStreams>(tile, K, x, t, out): rows t… of neighbouring tiles, to out.
+//   kStreams: the weights come from memory, not from the L1 cache, and are worth a prefetch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats/tile.h"
+#include "linear.h"
+
+namespace fulcrum {
+
+// Where a register block goes: rows of y, from the first channel of its first tile on.
+struct TileOutput {
+  float* y;
+  int64_t ld_y;
+  int channels;  // from y on that exist; may end within the last tile
+  bool accumulate;
+};
+
+// Asks for the weights that lie this far ahead of an element of a tile: the hardware stops at the
+// end of a page, and with few rows a kernel is bound by memory.
+template <typename Kernel>
+inline __attribute__((always_inline)) void prefetch(const typename Kernel::Tile& element) {
+  constexpr int kDistanceBytes = 3072;
+  const char* ahead = reinterpret_cast<const char*>(&element) + kDistanceBytes;
+#pragma GCC unroll 9
+  for (size_t line = 0; line < sizeof(element); line += 64) __builtin_prefetch(ahead + line);
+}
+
+template <typename Kernel>
+struct TileLoops {
+  using Tile = typename Kernel::Tile;
+  // Activations that stay in the L2 cache while all tiles pass by.
+  static constexpr int64_t kBlockBytes = 192 * 1024;
+
+  const PackedMatrix& w;
+  const Activations& x;
+  float* y;
+  int64_t ld_y;
+  bool accumulate;
+
+  template <int Rows, int Tiles, bool kStreams>
+  void run(int t, int tile) const {
+    const TileOutput out = {y + t * ld_y + tile * kTileChannels, ld_y, w.N - tile * kTileChannels,
+                            accumulate};
+    const Tile* tiles = reinterpret_cast<const Tile*>(w.data);
+    Kernel::template run<Rows, Tiles, kStreams>(tiles + tile * Kernel::tile_elements(w.K), w.K, x,
+                                                t, out);
+  }
+
+  // At most the rows of a register block: neighbouring tiles together, so that there are enough
+  // independent chains of additions to hide their latency.
+  template <int Rows>
+  void run_few(int rows, int t, int tile_begin, int tile_end) const {
+    if constexpr (Rows > 0) {
+      if (rows != Rows) return run_few<Rows - 1>(rows, t, tile_begin, tile_end);
+      constexpr int kTiles = Kernel::kPairsTiles && Rows < 3 ? 4 / Rows : 1;
+      int tile = tile_begin;
+      for (; tile + kTiles <= tile_end; tile += kTiles) run<Rows, kTiles, true>(t, tile);
+      for (; tile < tile_end; ++tile) run<Rows, 1, true>(t, tile);
+    }
+  }
+
+  void gemm(int T, int tile_begin, int tile_end) const {
+    constexpr int kRows = Kernel::kRows;
+    const int64_t units = kBlockBytes / (Kernel::row_bytes(w.K) * kRows);
+    const int block = units < 1 ? kRows : static_cast<int>(units) * kRows;
+    if (T <= kRows) return run_few<kRows>(T, 0, tile_begin, tile_end);
+    for (int t0 = 0; t0 < T; t0 += block) {
+      const int t_end = T - t0 < block ? T : t0 + block;
+      for (int tile = tile_begin; tile < tile_end; ++tile) {
+        int t = t0;
+        if (t + kRows <= t_end) {
+          run<kRows, 1, true>(t, tile);
+          t += kRows;
+        }
+        for (; t + kRows <= t_end; t += kRows) run<kRows, 1, false>(t, tile);
+        run_few<kRows - 1>(t_end - t, t, tile, tile + 1);
+      }
+    }
+  }
+};
+
+}  // namespace fulcrum

@@ -1,0 +1,44 @@
+// AVX-512 intrinsics in plain C++, for machines without the instructions: SIMDe's, and those that
+// its packaged versions lack. Included by cpp/cpu/linear_avx512.cpp in place of immintrin.h.
+#pragma once
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+
+#include <cstdint>
+#include <cstring>
+
+inline __m512i emulated_cvtepu16_epi32(__m256i values) {
+  uint16_t in[16];
+  int32_t out[16];
+  std::memcpy(in, &values, sizeof(in));
+  for (int i = 0; i < 16; ++i) out[i] = in[i];
+  return _mm512_loadu_si512(out);
+}
+
+inline __m512 emulated_cvtepi32_ps(__m512i values) {
+  int32_t in[16];
+  float out[16];
+  std::memcpy(in, &values, sizeof(in));
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<float>(in[i]);
+  return _mm512_loadu_ps(out);
+}
+
+inline __m512 emulated_cvtph_ps(__m256i values) {
+  __m128i halves[2];
+  float out[16];
+  std::memcpy(halves, &values, sizeof(halves));
+  for (int i = 0; i < 2; ++i) {
+    const __m256 eight = _mm256_cvtph_ps(halves[i]);
+    std::memcpy(out + i * 8, &eight, sizeof(eight));
+  }
+  return _mm512_loadu_ps(out);
+}
+
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtph_ps
+#define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
+#define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
+#define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)

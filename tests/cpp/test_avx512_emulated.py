@@ -1,0 +1,160 @@
+"""The AVX-512 kernels, compiled against emulated intrinsics, against the portable kernels.
+
+Runs on any machine with g++ and the SIMDe headers, so that the code is tested where the
+instructions are missing.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+CPP = HERE.parent.parent / "cpp"
+FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+GROUP = 32
+TILE = 16
+
+
+def compile_library(folder: Path) -> ctypes.CDLL:
+    common = ["g++", "-std=c++20", "-fPIC", "-w", "-ffp-contract=off", "-I", str(CPP)]
+    emulated = f'-DFULCRUM_EMULATED_INTRINSICS="{HERE / "avx512_emulation.h"}"'
+    units = [
+        (CPP / "cpu" / "linear_avx512.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
+        (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
+        (CPP / "linear.cpp", ["-O1"]),
+        (HERE / "avx512_harness.cpp", ["-O1"]),
+    ]
+    objects = []
+    for source, flags in units:
+        target = folder / (source.stem + ".o")
+        subprocess.run([*common, *flags, "-c", str(source), "-o", str(target)], check=True)
+        objects.append(str(target))
+    library = folder / "libavx512_emulated.so"
+    subprocess.run(["g++", "-shared", "-o", str(library), *objects], check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    probe = "#if !defined(__x86_64__)\n#error\n#endif\n#include <simde/x86/avx512.h>\n"
+    found = subprocess.run(
+        ["g++", "-E", "-x", "c++", "-"], input=probe, text=True, capture_output=True
+    )
+    if found.returncode != 0:
+        pytest.skip("needs x86-64 and the SIMDe headers (Debian: libsimde-dev)")
+    return compile_library(tmp_path_factory.mktemp("avx512"))
+
+
+def pointer(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.c_void_p)
+
+
+class Weights:
+    """Random weights in the form that pack takes."""
+
+    def __init__(self, format: str, rows: int, cols: int, *, extreme: bool = False) -> None:
+        rng = np.random.default_rng(rows * 1000 + cols)
+        groups = -(-cols // GROUP)
+        self.format, self.rows, self.cols = FORMATS[format], rows, cols
+        self.values = rng.standard_normal((rows, cols)).astype(np.float32)
+        limit = (-128, 128) if format == "int8" else (0, 16)
+        quants = rng.integers(*limit, (rows, groups * GROUP))
+        if extreme:
+            quants = np.where(rng.random(quants.shape) < 0.5, limit[0], limit[1] - 1)
+        self.quants = quants.astype(np.int64).astype(np.uint8)
+        self.scales = rng.uniform(0.001, 0.1, (rows, groups)).astype(np.float32)
+        self.minima = rng.uniform(-1, 1, (rows, groups)).astype(np.float32)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (*map(pointer, (self.values, self.quants, self.scales, self.minima)),)
+
+
+def gemm(
+    library: ctypes.CDLL,
+    isa: str,
+    weights: Weights,
+    x: np.ndarray,
+    y: np.ndarray | None = None,
+    tiles: tuple[int, int] | None = None,
+) -> np.ndarray:
+    begin, end = tiles or (0, -(-weights.rows // TILE))
+    out = np.zeros((len(x), weights.rows), np.float32) if y is None else y.copy()
+    library.gemm(
+        isa.encode(), weights.format, weights.rows, weights.cols, len(x), *weights.arguments(),
+        pointer(x), pointer(out), begin, end, int(y is not None),
+    )  # fmt: skip
+    return out
+
+
+def activations(rows: int, cols: int) -> np.ndarray:
+    rng = np.random.default_rng(rows)
+    return rng.standard_normal((rows, cols)).astype(np.float32)
+
+
+SHAPES = [(1, 1), (16, 32), (17, 33), (63, 100), (80, 288)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_emulated_avx512_equals_portable_within_rounding(library, format, shape):
+    weights = Weights(format, *shape)
+    for num_tokens in (1, 2, 3, 7, 8, 9, 19):
+        x = activations(num_tokens, weights.cols)
+        expected = gemm(library, "portable", weights, x)
+        np.testing.assert_allclose(
+            gemm(library, "avx512", weights, x), expected, rtol=1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_emulated_avx512_decodes_the_same_weights(library, format):
+    weights = Weights(format, 35, 75)
+    decoded = {}
+    for isa in ("portable", "avx2", "avx512"):
+        decoded[isa] = np.full((35, 75), np.nan, np.float32)
+        library.unpack(
+            isa.encode(), weights.format, 35, 75, *weights.arguments(), pointer(decoded[isa])
+        )
+    np.testing.assert_array_equal(decoded["avx512"], decoded["portable"])
+    np.testing.assert_array_equal(decoded["avx2"], decoded["portable"])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_emulated_avx512_row_is_identical_for_any_batch_and_tile_range(library, format):
+    weights = Weights(format, 83, 130)
+    x = activations(21, 130)
+    whole = gemm(library, "avx512", weights, x)
+    for row in range(21):
+        np.testing.assert_array_equal(
+            gemm(library, "avx512", weights, x[row : row + 1])[0], whole[row]
+        )
+    parts = [gemm(library, "avx512", weights, x, tiles=t) for t in ((0, 1), (1, 4), (4, 6))]
+    np.testing.assert_array_equal(sum(parts), whole)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_emulated_avx512_does_not_saturate(library, format):
+    weights = Weights(format, 32, 256, extreme=True)
+    x = np.where(np.arange(4 * 256).reshape(4, 256) % 5 == 0, -1.0, 1.0).astype(np.float32)
+    np.testing.assert_allclose(
+        gemm(library, "avx512", weights, x),
+        gemm(library, "portable", weights, x),
+        rtol=1e-5,
+        atol=1e-3,
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_emulated_avx512_accumulates(library, format):
+    weights = Weights(format, 21, 64)
+    x, y = activations(5, 64), activations(5, 21)
+    alone = gemm(library, "avx512", weights, x)
+    np.testing.assert_array_equal(gemm(library, "avx512", weights, x, y), y + alone)
