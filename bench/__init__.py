@@ -1,0 +1,1 @@
+"""Programs that measure. A person runs them; nothing imports them."""

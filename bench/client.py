@@ -1,0 +1,173 @@
+"""One streamed request to an OpenAI-compatible server, and when each of its chunks arrived.
+
+Used by bench.serve. It relies on nothing but what OpenAI's streaming format promises.
+"""
+
+import itertools
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import msgspec
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """The server under test and what every request to it has in common."""
+
+    url: str  # up to and including /v1
+    model: str
+    endpoint: str = "completions"  # or "chat"
+    max_tokens: int = 128
+    ask_usage: bool = True
+    ignore_eos: bool = False
+    extra: dict[str, Any] = {}
+
+    @property
+    def path(self) -> str:
+        """URL of the endpoint."""
+        return self.url.rstrip("/") + (
+            "/chat/completions" if self.endpoint == "chat" else "/completions"
+        )
+
+    def body(self, prompt: str) -> dict[str, Any]:
+        """Request for `prompt`. Fields beyond OpenAI's are sent only when asked for."""
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "stream": True,
+        }
+        if self.endpoint == "chat":
+            body["messages"] = [{"role": "user", "content": prompt}]
+        else:
+            body["prompt"] = prompt
+        if self.ask_usage:
+            body["stream_options"] = {"include_usage": True}
+        if self.ignore_eos:
+            body["ignore_eos"] = True
+        return body | self.extra
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one request gave. Times are seconds after it was sent."""
+
+    sent_at_s: float
+    end_to_end_s: float
+    chunk_times_s: tuple[float, ...] = ()  # of the chunks that carry text
+    prompt_tokens: int | None = None  # None: the server gave no usage
+    cached_tokens: int | None = None
+    output_tokens: int = 0  # from usage, else the number of chunks with text
+    status: int = 200
+    error: str | None = None
+
+    @property
+    def first_chunk_s(self) -> float:
+        """Time to the first token."""
+        return self.chunk_times_s[0]
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Times between successive chunks."""
+        times = self.chunk_times_s
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
+
+    @property
+    def time_per_token_s(self) -> float | None:
+        """Mean time of an output token after the first; None for a single token."""
+        if self.output_tokens < 2:
+            return None
+        return (self.chunk_times_s[-1] - self.first_chunk_s) / (self.output_tokens - 1)
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int = 0
+    prompt_tokens_details: _PromptDetails | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+def _has_text(chunk: _Chunk) -> bool:
+    for choice in chunk.choices:
+        delta = choice.delta
+        if choice.text or (delta and (delta.content or delta.reasoning_content)):
+            return True
+    return False
+
+
+async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float, bytes]]:
+    """Yield (arrival time, data) of each SSE event with data.
+
+    All events that one read of the socket returns carry the time of that read.
+    """
+    rest = b""
+    async for piece in response.content.iter_any():
+        arrived_at_s = time.perf_counter()
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield arrived_at_s, line[5:].strip()
+
+
+async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) -> Outcome:
+    """Send one request, read its stream to the end, and never raise for what the server does."""
+    sent_at_s = time.perf_counter()
+    times: list[float] = []
+    usage: _Usage | None = None
+    status, error, done = 0, None, False
+    try:
+        async with session.post(target.path, json=target.body(prompt)) as response:
+            status = response.status
+            if status != 200:
+                error = f"HTTP {status}: {(await response.text())[:200]}"
+            else:
+                async for arrived_at_s, data in _events(response):
+                    if data == b"[DONE]":
+                        done = True
+                        break
+                    chunk = _decode_chunk(data)
+                    if chunk.error is not None:
+                        error = f"error in the stream: {chunk.error}"
+                        break
+                    usage = chunk.usage or usage
+                    if _has_text(chunk):
+                        times.append(arrived_at_s - sent_at_s)
+    except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    if error is None and not done:
+        error = "the stream ended without data: [DONE]"
+    if error is None and not times:
+        error = "the stream held no text"
+    details = usage.prompt_tokens_details if usage else None
+    return Outcome(
+        sent_at_s=sent_at_s,
+        end_to_end_s=time.perf_counter() - sent_at_s,
+        chunk_times_s=tuple(times),
+        prompt_tokens=usage.prompt_tokens if usage else None,
+        cached_tokens=details.cached_tokens if details else None,
+        output_tokens=usage.completion_tokens if usage else len(times),
+        status=status,
+        error=error,
+    )
