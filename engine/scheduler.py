@@ -15,6 +15,11 @@ from engine.sequence import Sequence, SequenceStatus
 from engine.types import EngineLoad, FinishReason, TokenEvent
 from engine.verifier import accept_rows
 
+# While others decode, prompts are computed in smaller chunks: the whole budget at once would be
+# a pause of several decode steps in every running stream.
+MIXED_STEP_TOKENS = 128
+MIN_MIXED_CHUNK = 32
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -142,10 +147,10 @@ class Scheduler:
         """Plan the running sequences and return what is left of the token budget."""
         running = self._running
         # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
-        budget = self._max_step_tokens
-        for seq in running:
-            if len(seq.token_ids) - seq.num_computed_tokens == 1:
-                budget -= 1
+        num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
+        budget = self._max_step_tokens - num_decoding
+        if num_decoding:
+            budget = min(budget, max(MIXED_STEP_TOKENS - num_decoding, MIN_MIXED_CHUNK))
         block_size = self._block_size
         index = 0
         while index < len(running):

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import Batch
+from engine.batch import Batch, SampledRows
 from engine.block_manager import BlockManager
-from engine.scheduler import Scheduler, StepPlan
+from engine.scheduler import MIXED_STEP_TOKENS, Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.types import SamplingParams, Submit, TokenEvent
 from tests.engine.fake_core import VOCAB_SIZE, FakeCore, expected_output, logprob, top_ids
@@ -423,3 +424,27 @@ def test_many_biased_sequences_outgrow_the_bias_buffers() -> None:
         bench.submit([index % 40, 3], max_tokens=4, logit_bias=bias * (1 + index % 2))
     bench.run()
     bench.assert_texts()
+
+
+def test_a_long_prompt_is_computed_in_short_steps_only_while_others_decode() -> None:
+    scheduler = Scheduler(
+        BlockManager(200, 16), max_sequences=8, max_step_tokens=512, max_model_len=2000
+    )
+    none = np.zeros((1, 20), np.float32)
+    short, long = (
+        Sequence(
+            Submit(seq_id, tuple(range(1, size)), SamplingParams(max_tokens=9), 0.0), EOS, seq_id
+        )
+        for seq_id, size in ((0, 4), (1, 1500))
+    )
+    scheduler.add(short)
+    plan = scheduler.schedule()
+    scheduler.commit(plan, SampledRows([0, 1], [1], none[0], none.astype(np.int32), none))
+    scheduler.add(long)
+    for _ in range(3):
+        plan = scheduler.schedule()
+        sizes = {seq.seq_id: count for seq, count in plan.entries}
+        assert sizes == {0: 1, 1: MIXED_STEP_TOKENS - 1}
+        scheduler.commit(plan, SampledRows([0, 1, 1], [1], none[0], none.astype(np.int32), none))
+    scheduler.abort(0)
+    assert [count for _, count in scheduler.schedule().entries] == [512]
