@@ -3,12 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <utility>
+#include <vector>
 
 namespace fulcrum {
 
-// Zeroed anonymous memory, page aligned, huge pages where the kernel grants them. Pages that are
-// never written cost nothing, so that a cache can be reserved larger than what is used of it.
+// Zeroed anonymous memory, page aligned; from 2 MiB on aligned to huge pages, which the kernel is
+// asked for. Pages that are never written cost nothing, so that a cache can be reserved larger than
+// what is used of it.
 class Buffer {
  public:
   Buffer() = default;
@@ -31,11 +34,28 @@ class Buffer {
 
  private:
   void swap(Buffer& other) noexcept {
+    std::swap(mapping_, other.mapping_);
+    std::swap(mapping_bytes_, other.mapping_bytes_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
   }
+  void* mapping_ = nullptr;
+  size_t mapping_bytes_ = 0;
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+};
+
+// Many matrices side by side in few large buffers: most are smaller than a huge page, and a step
+// that reads them from small pages spends a good part of its time on address translation.
+class Arena {
+ public:
+  // Zeroed, 64-byte aligned memory that lives as long as the arena. Callable from several threads.
+  uint8_t* take(size_t bytes);
+
+ private:
+  std::mutex mutex_;
+  std::vector<Buffer> chunks_;
+  size_t used_bytes_ = 0;  // of the last chunk
 };
 
 }  // namespace fulcrum
