@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
 
 #include "isa.h"
 #include "model.h"
 
 namespace py = pybind11;
 
+void bind_bench(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_sampler(py::module_& m);
@@ -201,8 +203,17 @@ void bind_model(py::module_& m) {
       .def("finalize", [](BoundModel& self) { self.model.finalize(); })
       .def(
           "allocate_kv",
-          [](BoundModel& self, int num_blocks) { self.model.allocate_kv(num_blocks); },
-          py::arg("num_blocks"))
+          [](BoundModel& self, int num_blocks, const std::optional<std::string>& dtype) {
+            self.model.allocate_kv(num_blocks,
+                                   dtype ? parse_kv_dtype(*dtype) : self.model.kv_dtype());
+          },
+          py::arg("num_blocks"), py::arg("dtype") = py::none())
+      .def(
+          "kv_block_bytes",
+          [](const BoundModel& self, const std::string& dtype) {
+            return self.model.kv_bytes_per_block(parse_kv_dtype(dtype));
+          },
+          py::arg("dtype"))
       .def("bind", [](BoundModel& self, const py::kwargs& buffers) { self.bind(buffers); })
       .def(
           "step",
@@ -213,7 +224,13 @@ void bind_model(py::module_& m) {
           py::arg("num_tokens"), py::arg("num_sequences"), py::arg("num_rows"))
       .def_property_readonly("block_size", [](const BoundModel&) { return kBlockSize; })
       .def_property_readonly("kv_bytes_per_block",
-                             [](const BoundModel& self) { return self.model.kv_bytes_per_block(); })
+                             [](const BoundModel& self) {
+                               return self.model.kv_bytes_per_block(self.model.kv_dtype());
+                             })
+      .def_property_readonly("kv_dtype",
+                             [](const BoundModel& self) {
+                               return self.model.kv_dtype() == KvDtype::kBf16 ? "bf16" : "int8";
+                             })
       .def_property_readonly("weights_bytes",
                              [](const BoundModel& self) { return self.model.weights_bytes(); })
       .def_property_readonly("num_threads",
@@ -229,6 +246,7 @@ PYBIND11_MODULE(fulcrum_core, m) {
   m.def("detect_isa", &fulcrum::detect_isa);
   fulcrum::bind_config(m);
   fulcrum::bind_model(m);
+  bind_bench(m);
   bind_linear(m);
   bind_ops(m);
   bind_sampler(m);

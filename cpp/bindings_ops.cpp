@@ -53,10 +53,24 @@ Floats rotate(const std::string& isa, const Floats& head, const Floats& cos, con
   return out;
 }
 
+void attend_segments_apart(const VectorKernels& kernels, KvDtype dtype, const AttentionUnit& unit,
+                           float* scratch) {
+  const SegmentRange range = attention_segments(unit.first_position, unit.num_tokens, unit.window);
+  const int64_t floats = attention_state_floats(unit.num_tokens * unit.num_heads, unit.head_dim);
+  std::vector<float> states((range.end - range.begin) * floats);
+  for (int segment = range.end - 1; segment >= range.begin; --segment) {
+    kernels.attend_segment(dtype)(unit, segment, scratch,
+                                  states.data() + (segment - range.begin) * floats);
+  }
+  kernels.merge_segments(unit, states.data(), range.end - range.begin, scratch);
+}
+
 // queries (T, H, HD) are the last T of the S tokens whose keys and values (S, KH, HD) are given;
-// they are written to the blocks of block_table first. tile_tokens queries are computed at a time.
+// they are written to the blocks of block_table first. tile_tokens queries are computed at a time,
+// their segments apart, last first, where asked for.
 Floats attend(const std::string& isa, const Floats& queries, const Floats& keys,
-              const Floats& values, const Ints& block_table, int window, int tile_tokens) {
+              const Floats& values, const Ints& block_table, int window, int tile_tokens,
+              const std::string& kv_dtype, bool segments_apart) {
   const int T = static_cast<int>(queries.shape(0)), H = static_cast<int>(queries.shape(1));
   const int HD = static_cast<int>(queries.shape(2));
   const int S = static_cast<int>(keys.shape(0)), KH = static_cast<int>(keys.shape(1));
@@ -65,17 +79,18 @@ Floats attend(const std::string& isa, const Floats& queries, const Floats& keys,
     throw py::value_error("tile too large");
   }
   KvCache cache;
+  cache.dtype = parse_kv_dtype(kv_dtype);
   cache.num_layers = 1;
   cache.num_kv_heads = KH;
   cache.head_dim = HD;
   cache.num_blocks =
       *std::max_element(block_table.data(), block_table.data() + block_table.size()) + 1;
-  cache.memory = Buffer(KvCache::block_bytes(1, KH, HD) * cache.num_blocks);
+  cache.memory = Buffer(cache.block_stride() * cache.num_blocks);
   for (int s = 0; s < S; ++s) {
-    const int64_t block = block_table.at(s / kBlockSize) * cache.block_stride();
+    const int64_t block = block_table.at(s / kBlockSize);
     for (int head = 0; head < KH; ++head) {
-      write_kv(keys.data(s, head), values.data(s, head), HD, s % kBlockSize,
-               cache.keys(0, head) + block, cache.values(0, head) + block);
+      kernels(isa).write_kv(cache.dtype)(keys.data(s, head), values.data(s, head), HD,
+                                         s % kBlockSize, cache.block(0, block, head));
     }
   }
   Floats out = like(queries);
@@ -92,10 +107,13 @@ Floats attend(const std::string& isa, const Floats& queries, const Floats& keys,
       unit.first_position = S - T + t;
       unit.window = window;
       unit.block_table = block_table.data();
-      unit.keys = cache.keys(0, head);
-      unit.values = cache.values(0, head);
+      unit.kv = cache.block(0, 0, head);
       unit.block_stride = cache.block_stride();
-      kernels(isa).attend(unit, scratch.data());
+      if (segments_apart) {
+        attend_segments_apart(kernels(isa), cache.dtype, unit, scratch.data());
+      } else {
+        kernels(isa).attend(cache.dtype)(unit, scratch.data());
+      }
     }
   }
   return out;
@@ -110,5 +128,6 @@ void bind_ops(py::module_& m) {
   m.def("gate", &gate, py::arg("isa"), py::arg("activation"), py::arg("gate"), py::arg("up"));
   m.def("rotate", &rotate, py::arg("isa"), py::arg("head"), py::arg("cos"), py::arg("sin"));
   m.def("attend", &attend, py::arg("isa"), py::arg("queries"), py::arg("keys"), py::arg("values"),
-        py::arg("block_table"), py::arg("window"), py::arg("tile_tokens"));
+        py::arg("block_table"), py::arg("window"), py::arg("tile_tokens"),
+        py::arg("kv_dtype") = "bf16", py::arg("segments_apart") = false);
 }

@@ -101,8 +101,12 @@ class Model:
     def finalize(self) -> None:
         """Check that every slot is filled with the right shape; raises ValueError naming it."""
 
-    def allocate_kv(self, num_blocks: int) -> None:
-        """Allocate the paged cache; frees the former one."""
+    def allocate_kv(self, num_blocks: int, dtype: str | None = None) -> None:
+        """Allocate the paged cache in "bf16" or "int8"; frees the former one. None keeps the
+        former one's dtype, bf16 where there was none."""
+
+    def kv_block_bytes(self, dtype: str) -> int:
+        """Bytes of a KV block of all layers in a dtype, scales included."""
 
     def bind(self, **buffers: NDArray[Any]) -> None:
         """Bind the step's buffers once; see engine/batch.py for names, shapes and types."""
@@ -110,7 +114,8 @@ class Model:
     def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
         """Forward, then sample, over what the bound buffers hold. Releases the GIL."""
     block_size: int  # tokens per KV block
-    kv_bytes_per_block: int
+    kv_bytes_per_block: int  # of the allocated cache's dtype
+    kv_dtype: str
     weights_bytes: int
     num_threads: int
     isa: str
@@ -149,3 +154,42 @@ def quantize_activations(
 ) -> tuple[NDArray[np.int8], NDArray[np.float32], NDArray[np.float32]]:
     """The int8 form of x (T, K), padded to whole groups: quants, and per group the scales and the
     sums of the quants."""
+
+class ThreadPool:
+    """The threads of a model without the model, for bench.kernels; see cpp/thread_pool.h."""
+
+    num_threads: int
+    def __init__(self, num_threads: int) -> None: ...
+
+def time_peak(isa: str, kind: str, pool: ThreadPool, num_iterations: int) -> tuple[float, float]:
+    """Run the peak loop "int8", "int4" or "float32" of cpp/cpu/peak.h on every thread: seconds, and
+    the operations of all threads together."""
+
+def packed_bytes(isa: str, format: str, num_rows: int, num_cols: int) -> int:
+    """Bytes of a packed matrix (num_rows, num_cols)."""
+
+class MemoryBench:
+    """Memory to read; the size is rounded up to whole pages."""
+
+    num_bytes: int
+    def __init__(self, isa: str, num_bytes: int) -> None: ...
+    def time_read(self, pool: ThreadPool, num_calls: int) -> float:
+        """Seconds of reading all of it num_calls times."""
+
+class LinearBench:
+    """Equal matrices of made-up weights that take turns, and activations for max_tokens rows."""
+
+    def __init__(
+        self,
+        isa: str,
+        format: str,
+        num_rows: int,
+        num_cols: int,
+        num_matrices: int,
+        max_tokens: int,
+    ) -> None: ...
+    def time_gemm(self, pool: ThreadPool, num_tokens: int, num_calls: int) -> float:
+        """Seconds of multiplying num_tokens rows by the next num_calls matrices."""
+
+    def time_read(self, pool: ThreadPool, num_calls: int) -> float:
+        """Seconds of reading the next num_calls matrices."""

@@ -3,31 +3,39 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 
 #include "memory.h"
 #include "ops.h"
 
 namespace fulcrum {
 
-// Layout, bf16: (num_layers, num_blocks, num_kv_heads, {key, value}, head_dim * kBlockSize).
-// A layer's blocks lie together, since a step walks one layer at a time.
+inline KvDtype parse_kv_dtype(const std::string& name) {
+  if (name == "bf16") return KvDtype::kBf16;
+  if (name == "int8") return KvDtype::kInt8;
+  throw std::invalid_argument("unknown KV dtype " + name + ": choose bf16 or int8");
+}
+
+// Layout: (num_layers, num_blocks, num_kv_heads, KvBlockLayout::bytes). A layer's blocks lie
+// together, since a step walks one layer at a time.
 struct KvCache {
   Buffer memory;
+  KvDtype dtype = KvDtype::kBf16;
   int num_layers = 0;
   int num_kv_heads = 0;
   int head_dim = 0;
   int num_blocks = 0;
 
-  static int64_t block_bytes(int num_layers, int num_kv_heads, int head_dim) {
-    return int64_t{num_layers} * num_kv_heads * 2 * head_dim * kBlockSize * 2;
+  // Of one block in all layers, scales included.
+  static int64_t block_bytes(KvDtype dtype, int num_layers, int num_kv_heads, int head_dim) {
+    return int64_t{num_layers} * num_kv_heads * KvBlockLayout(dtype, head_dim).bytes;
   }
-  int64_t head_elements() const { return int64_t{head_dim} * kBlockSize; }
-  int64_t block_stride() const { return num_kv_heads * 2 * head_elements(); }
-  uint16_t* keys(int layer, int kv_head) const {
-    return memory.as<uint16_t>() + int64_t{layer} * num_blocks * block_stride() +
-           kv_head * 2 * head_elements();
+  int64_t block_stride() const { return block_bytes(dtype, 1, num_kv_heads, head_dim); }
+  uint8_t* block(int layer, int64_t block_index, int kv_head) const {
+    return memory.data() + (int64_t{layer} * num_blocks + block_index) * block_stride() +
+           kv_head * KvBlockLayout(dtype, head_dim).bytes;
   }
-  uint16_t* values(int layer, int kv_head) const { return keys(layer, kv_head) + head_elements(); }
 };
 
 }  // namespace fulcrum

@@ -1,5 +1,5 @@
 // Model's computing half: the forward pass. Every thread of the pool runs run_thread from top to
-// bottom; each operation ends with a barrier, so that the next sees all of its results.
+// bottom; an operation begins when all units of the one before are computed.
 #include "model.h"
 
 #include <algorithm>
@@ -9,64 +9,81 @@
 namespace fulcrum {
 namespace {
 
-// Units that a thread takes at once: an eighth of its share, so that the last ones even out.
-int units_at_once(int num_units, int num_threads) {
-  return std::max(1, num_units / (num_threads * 8));
+bool needs_integers(const Matrix& w) { return w.packed.format != Format::kBf16; }
+
+Activations activations(const float* values, int64_t ld, const Operand& operand) {
+  return {values, ld, operand.quantized, operand.scales, operand.sums};
 }
 
-bool needs_integers(const Matrix& w) { return w.packed.format != Format::kBf16; }
+// Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
+// kGroupSize.
+Activations part_of_row(const Activations& x, int K, int t, int first) {
+  const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
+  return {x.values + t * x.ld_values + first, x.ld_values, x.quantized + group * kGroupSize,
+          x.scales + group, x.sums + group};
+}
+
+// Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
+struct Carver {
+  uint8_t* base = nullptr;
+  int64_t bytes = 0;
+
+  template <typename Value>
+  void take(Value** pointer, int64_t count) {
+    if (base != nullptr) *pointer = reinterpret_cast<Value*>(base + bytes);
+    bytes += (count * static_cast<int64_t>(sizeof(Value)) + 63) / 64 * 64;
+  }
+};
+
+void lay_out(const Config& c, int64_t T, int num_threads, Carver* memory, RunState* s) {
+  const int64_t tables = c.rope_inv_freq.size();
+  const int widest = std::max({c.hidden_size, c.attention_size(), c.intermediate_size});
+  const auto take_operand = [&](Operand* operand, int64_t rows) {
+    memory->take(&operand->normed, rows * c.hidden_size);
+    memory->take(&operand->quantized, rows * padded_k(widest));
+    memory->take(&operand->scales, rows * num_groups(widest));
+    memory->take(&operand->sums, rows * num_groups(widest));
+  };
+  s->own.resize(num_threads);
+  for (Operand& operand : s->own) take_operand(&operand, kReplicatedRows);
+  take_operand(&s->shared, T);
+  take_operand(&s->gated, T);
+  memory->take(&s->hidden, T * c.hidden_size);
+  memory->take(&s->branch, T * c.hidden_size);
+  memory->take(&s->qkv, T * c.qkv_size());
+  memory->take(&s->attention, T * c.attention_size());
+  memory->take(&s->mlp, T * 2 * c.intermediate_size);
+  memory->take(&s->cos, tables * T * c.head_dim / 2);
+  memory->take(&s->sin, tables * T * c.head_dim / 2);
+  memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
+}
 
 }  // namespace
 
 void Model::bind(const Batch& batch, const Limits& limits) {
-  const Config& c = config_;
+  pool_.wait_until_idle();
   batch_ = batch;
   const bool grows = limits.max_tokens != limits_.max_tokens;
   limits_ = limits;
+  const int num_segments = attention_segments(0, limits.max_blocks_per_seq * kBlockSize, 0).end;
+  const int64_t num_parts = int64_t{kMaxPartedUnits} * num_threads() * num_segments;
+  const int64_t bytes =
+      num_parts * attention_state_floats(kMaxPartRows, config_.head_dim) * sizeof(float);
+  if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
+  parts_.reserve(num_parts);
   if (!grows) return;
-  const int64_t T = limits.max_tokens;
-  const int64_t tables = c.rope_inv_freq.size();
-  const int widest = std::max({c.hidden_size, c.attention_size(), c.intermediate_size});
   RunState s;
-  int64_t bytes = 0;
-  const auto reserve = [&bytes](int64_t count, size_t size) {
-    const int64_t offset = bytes;
-    bytes += (count * static_cast<int64_t>(size) + 63) / 64 * 64;
-    return offset;
-  };
-  const int64_t hidden = reserve(T * c.hidden_size, sizeof(float));
-  const int64_t normed = reserve(T * c.hidden_size, sizeof(float));
-  const int64_t branch = reserve(T * c.hidden_size, sizeof(float));
-  const int64_t qkv = reserve(T * c.qkv_size(), sizeof(float));
-  const int64_t attention = reserve(T * c.attention_size(), sizeof(float));
-  const int64_t mlp = reserve(T * 2 * c.intermediate_size, sizeof(float));
-  const int64_t cos = reserve(tables * T * c.head_dim / 2, sizeof(float));
-  const int64_t sin = reserve(tables * T * c.head_dim / 2, sizeof(float));
-  const int64_t quantized = reserve(T * padded_k(widest), 1);
-  const int64_t scales = reserve(T * num_groups(widest), sizeof(float));
-  const int64_t sums = reserve(T * num_groups(widest), sizeof(float));
-  const int64_t logits = reserve(int64_t{kLogitsChunk} * c.vocab_size, sizeof(float));
-  s.memory = Buffer(bytes);
-  uint8_t* base = s.memory.data();
-  const auto at = [base](int64_t offset) { return reinterpret_cast<float*>(base + offset); };
-  s.hidden = at(hidden);
-  s.normed = at(normed);
-  s.branch = at(branch);
-  s.qkv = at(qkv);
-  s.attention = at(attention);
-  s.mlp = at(mlp);
-  s.cos = at(cos);
-  s.sin = at(sin);
-  s.quantized = reinterpret_cast<int8_t*>(base + quantized);
-  s.scales = at(scales);
-  s.sums = at(sums);
-  s.logits = at(logits);
+  Carver sizes;
+  lay_out(config_, limits.max_tokens, num_threads(), &sizes, &s);
+  s.memory = Buffer(sizes.bytes);
+  Carver places{s.memory.data()};
+  lay_out(config_, limits.max_tokens, num_threads(), &places, &s);
   for (int thread = 0; thread < num_threads(); ++thread) {
-    s.attention_scratch.emplace_back(attention_scratch_floats(c.head_dim) * sizeof(float));
-    s.sampler_scratch.emplace_back(c.vocab_size);
+    s.attention_scratch.emplace_back(attention_scratch_floats(config_.head_dim) * sizeof(float));
+    s.sampler_scratch.emplace_back(config_.vocab_size);
   }
   state_ = std::move(s);
-  tiles_.reserve(T);
+  tiles_.reserve(limits.max_tokens);
 }
 
 void Model::check(const Step& step) const {
@@ -112,61 +129,77 @@ void Model::check(const Step& step) const {
   require(b.logits == nullptr || step.num_rows <= limits_.logits_rows, "logits buffer too small");
 }
 
-void Model::plan_tiles(const Step& step) {
+void Model::plan_tiles(Step* step) {
   const int group = config_.num_heads / config_.num_kv_heads;
   const int most = std::clamp(kMaxTileRows / group, 1, kMaxTileTokens);
   tiles_.clear();
-  for (int s = 0; s < step.num_sequences; ++s) {
+  for (int s = 0; s < step->num_sequences; ++s) {
     for (int t = batch_.query_start[s]; t < batch_.query_start[s + 1]; t += most) {
       tiles_.push_back({s, t, std::min(most, batch_.query_start[s + 1] - t)});
     }
   }
+  step->num_tiles = static_cast<int>(tiles_.size());
+}
+
+void Model::plan_parts(Step* step) {
+  parts_.clear();
+  const int num_units = static_cast<int>(tiles_.size()) * config_.num_kv_heads;
+  if (num_threads() == 1 || num_units > kMaxPartedUnits * num_threads()) return;
+  const int group = config_.num_heads / config_.num_kv_heads;
+  for (const Tile& tile : tiles_) {
+    if (tile.num_tokens * group > kMaxPartRows) return;
+  }
+  for (int i = 0; i < static_cast<int>(tiles_.size()); ++i) {
+    const int position = batch_.positions[tiles_[i].first_token];
+    const int num_segments = attention_segments(position, tiles_[i].num_tokens, 0).end;
+    for (int head = 0; head < config_.num_kv_heads; ++head) {
+      for (int segment = 0; segment < num_segments; ++segment) {
+        parts_.push_back({i, head, segment});
+      }
+    }
+  }
+  // Short sequences are not worth the second operation.
+  if (static_cast<int>(parts_.size()) > num_units) {
+    step->num_parts = static_cast<int>(parts_.size());
+  }
 }
 
 void Model::step(int num_tokens, int num_sequences, int num_rows) {
-  const Step step{num_tokens, num_sequences, num_rows};
+  Step step{num_tokens, num_sequences, num_rows, 0, 0};
   check(step);
   if (num_tokens == 0) return;
-  plan_tiles(step);
-  pool_.run([this, &step](int thread) { run_thread(step, thread); });
+  plan_tiles(&step);
+  plan_parts(&step);
+  pool_.run({num_tokens, num_sequences, num_rows, step.num_tiles, step.num_parts});
 }
 
 void Model::run_thread(const Step& step, int thread) {
-  embed(step);
+  embed(step, thread);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     mix(step, layer, thread);
-    transform(step, layer);
+    transform(step, layer, thread);
   }
   sample(step, thread);
 }
 
-// Calls op(row) for every row, the rows shared among the threads; ends with a barrier.
+// Calls op(unit) for every unit, the units shared among the threads.
 template <typename Op>
-void Model::for_rows(int num_rows, Op op) {
-  const int count = units_at_once(num_rows, num_threads());
-  int begin, end;
-  while (pool_.take(num_rows, count, &begin, &end)) {
-    for (int row = begin; row < end; ++row) op(row);
-  }
-  pool_.barrier();
+void Model::for_units(int thread, int num_units, Op op) {
+  pool_.share(thread, num_units, [&](int begin, int end) {
+    for (int unit = begin; unit < end; ++unit) op(unit);
+  });
 }
 
-Activations Model::activations(const float* values, int64_t ld) const {
-  return {values, ld, state_.quantized, state_.scales, state_.sums};
-}
-
-// y[:, parts side by side] = x @ part^T; ends with a barrier.
-void Model::multiply(std::initializer_list<const Matrix*> parts, const Activations& x, int num_rows,
-                     float* y, int64_t ld_y, bool accumulate) {
+// y[:, parts side by side] = x @ part^T.
+void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, const Activations& x,
+                     int num_rows, float* y, int64_t ld_y, bool accumulate) {
   const auto tiles_of = [this](const Matrix* part) {
     const int channels = linear_->tile_channels(part->packed.format);
     return (part->packed.N + channels - 1) / channels;
   };
   int num_tiles = 0;
   for (const Matrix* part : parts) num_tiles += tiles_of(part);
-  const int count = units_at_once(num_tiles, num_threads());
-  int begin, end;
-  while (pool_.take(num_tiles, count, &begin, &end)) {
+  pool_.share(thread, num_tiles, [&](int begin, int end) {
     int first_tile = 0;
     int64_t channel = 0;
     for (const Matrix* part : parts) {
@@ -178,15 +211,14 @@ void Model::multiply(std::initializer_list<const Matrix*> parts, const Activatio
       first_tile += tiles;
       channel += part->packed.N;
     }
-  }
-  pool_.barrier();
+  });
 }
 
-void Model::embed(const Step& step) {
+void Model::embed(const Step& step, int thread) {
   const Config& c = config_;
   const int half = c.head_dim / 2;
   const int64_t table_size = int64_t{limits_.max_tokens} * half;
-  for_rows(step.num_tokens, [&](int t) {
+  for_units(thread, step.num_tokens, [&](int t) {
     float* row = state_.hidden + int64_t{t} * c.hidden_size;
     linear_->unpack_row(weights_.embedding.packed, batch_.token_ids[t], row);
     if (c.embedding_scale != 1) vector_->scale(row, c.embedding_scale, c.hidden_size);
@@ -203,26 +235,49 @@ void Model::embed(const Step& step) {
   });
 }
 
-// Adds the former branch where it waits for its post norm; normed = norm(hidden), quantized.
-void Model::norm_rows(const Step& step, const FloatVector& weight, const FloatVector& post_norm) {
+// Adds the former branch where it waits for its post norm; returns norm(hidden), quantized.
+Activations Model::norm_rows(const Step& step, const FloatVector& weight,
+                             const FloatVector& post_norm, int thread) {
   const int D = config_.hidden_size;
-  for_rows(step.num_tokens, [&](int t) {
+  const bool alone = replicates(step) && post_norm.empty();
+  const Operand& operand = alone ? state_.own[thread] : state_.shared;
+  const Activations x = activations(operand.normed, D, operand);
+  const auto norm_row = [&](int t) {
     float* hidden = state_.hidden + int64_t{t} * D;
-    float* normed = state_.normed + int64_t{t} * D;
     if (!post_norm.empty()) {
       float* branch = state_.branch + int64_t{t} * D;
       vector_->rms_norm(branch, post_norm.data(), config_.norm_eps, D, branch);
       vector_->add(hidden, branch, D);
     }
-    vector_->rms_norm(hidden, weight.data(), config_.norm_eps, D, normed);
-    linear_->quantize_rows(activations(state_.normed, D), D, t, t + 1);
-  });
+    vector_->rms_norm(hidden, weight.data(), config_.norm_eps, D, operand.normed + int64_t{t} * D);
+    linear_->quantize_rows(x, D, t, t + 1);
+  };
+  if (alone) {
+    for (int t = 0; t < step.num_tokens && pool_.is_next_open(thread); ++t) norm_row(t);
+  } else {
+    for_units(thread, step.num_tokens, norm_row);
+  }
+  return x;
+}
+
+Activations Model::quantize_attention(const Step& step, const Matrix& w, int thread) {
+  const int K = config_.attention_size();
+  const Operand& operand = replicates(step) ? state_.own[thread] : state_.shared;
+  const Activations x = activations(state_.attention, K, operand);
+  if (!needs_integers(w)) return x;
+  if (replicates(step)) {
+    if (pool_.is_next_open(thread)) linear_->quantize_rows(x, K, 0, step.num_tokens);
+  } else {
+    for_units(thread, step.num_tokens, [&](int t) { linear_->quantize_rows(x, K, t, t + 1); });
+  }
+  return x;
 }
 
 // Ends a branch: onto the residual stream, or beside it where a post norm comes first.
-void Model::residual(const Matrix& w, const Activations& x, const Step& step, bool has_post_norm) {
+void Model::residual(int thread, const Matrix& w, const Activations& x, const Step& step,
+                     bool has_post_norm) {
   float* y = has_post_norm ? state_.branch : state_.hidden;
-  multiply({&w}, x, step.num_tokens, y, config_.hidden_size, !has_post_norm);
+  multiply(thread, {&w}, x, step.num_tokens, y, config_.hidden_size, !has_post_norm);
 }
 
 // Attention: how the tokens of a sequence mix.
@@ -230,42 +285,57 @@ void Model::mix(const Step& step, int layer, int thread) {
   const Config& c = config_;
   const LayerWeights& w = weights_.layers[layer];
   static const FloatVector kNone;
-  norm_rows(step, w.attention_norm, layer > 0 ? weights_.layers[layer - 1].mlp_post_norm : kNone);
-  multiply({&w.q, &w.k, &w.v}, activations(state_.normed, c.hidden_size), step.num_tokens,
-           state_.qkv, c.qkv_size(), false);
-  rotate_and_cache(step, layer);
-  attend(layer, thread);
-  const Activations attended = activations(state_.attention, c.attention_size());
-  if (needs_integers(w.attention_output)) {
-    for_rows(step.num_tokens,
-             [&](int t) { linear_->quantize_rows(attended, c.attention_size(), t, t + 1); });
-  }
-  residual(w.attention_output, attended, step, !w.attention_post_norm.empty());
+  const Activations normed = norm_rows(
+      step, w.attention_norm, layer > 0 ? weights_.layers[layer - 1].mlp_post_norm : kNone, thread);
+  multiply(thread, {&w.q, &w.k, &w.v}, normed, step.num_tokens, state_.qkv, c.qkv_size(), false);
+  rotate_and_cache(step, layer, thread);
+  attend(step, layer, thread);
+  const Activations attended = quantize_attention(step, w.attention_output, thread);
+  residual(thread, w.attention_output, attended, step, !w.attention_post_norm.empty());
 }
 
 // The feed-forward network: what becomes of each token by itself.
-void Model::transform(const Step& step, int layer) {
-  const Config& c = config_;
+void Model::transform(const Step& step, int layer, int thread) {
   const LayerWeights& w = weights_.layers[layer];
-  norm_rows(step, w.mlp_norm, w.attention_post_norm);
-  const int64_t ld = 2 * int64_t{c.intermediate_size};
-  multiply({&w.gate, &w.up}, activations(state_.normed, c.hidden_size), step.num_tokens, state_.mlp,
-           ld, false);
-  const Activations gated = activations(state_.mlp, ld);
-  for_rows(step.num_tokens, [&](int t) {
-    float* row = state_.mlp + t * ld;
-    vector_->gate(c.activation, row, row + c.intermediate_size, c.intermediate_size, row);
-    if (needs_integers(w.down)) linear_->quantize_rows(gated, c.intermediate_size, t, t + 1);
-  });
-  residual(w.down, gated, step, !w.mlp_post_norm.empty());
+  gate_up(step, layer, thread, norm_rows(step, w.mlp_norm, w.attention_post_norm, thread));
+  const Activations gated =
+      activations(state_.mlp, 2 * int64_t{config_.intermediate_size}, state_.gated);
+  residual(thread, w.down, gated, step, !w.mlp_post_norm.empty());
 }
 
-void Model::rotate_and_cache(const Step& step, int layer) {
+// mlp[:, :I] = activation(x @ gate^T) * (x @ up^T), quantized for `down`.
+// A unit is a group of kGroupSize channels, from both products to the quantized group.
+void Model::gate_up(const Step& step, int layer, int thread, const Activations& x) {
+  const LayerWeights& w = weights_.layers[layer];
+  const int I = config_.intermediate_size;
+  const int64_t ld = 2 * int64_t{I};
+  const Activations gated = activations(state_.mlp, ld, state_.gated);
+  const auto multiply_groups = [&](const Matrix& part, int begin, int end, float* y) {
+    const int channels = linear_->tile_channels(part.packed.format);
+    const int tiles = kGroupSize / channels;  // of a group, checked at load
+    linear_->gemm(part.packed, x, step.num_tokens, y, ld, begin * tiles,
+                  std::min(end * tiles, (I + channels - 1) / channels), false);
+  };
+  pool_.share(thread, num_groups(I), [&](int begin, int end) {
+    multiply_groups(w.gate, begin, end, state_.mlp);
+    multiply_groups(w.up, begin, end, state_.mlp + I);
+    const int first = begin * kGroupSize, size = std::min(end * kGroupSize, I) - first;
+    for (int t = 0; t < step.num_tokens; ++t) {
+      float* row = state_.mlp + t * ld + first;
+      vector_->gate(config_.activation, row, row + I, size, row);
+      if (needs_integers(w.down)) {
+        linear_->quantize_rows(part_of_row(gated, I, t, first), size, 0, 1);
+      }
+    }
+  });
+}
+
+void Model::rotate_and_cache(const Step& step, int layer, int thread) {
   const Config& c = config_;
   const LayerWeights& w = weights_.layers[layer];
   const int HD = c.head_dim, half = HD / 2;
   const int64_t table = c.layer_rope_index[layer] * int64_t{limits_.max_tokens} * half;
-  for_rows(step.num_tokens, [&](int t) {
+  for_units(thread, step.num_tokens, [&](int t) {
     float* q = state_.qkv + int64_t{t} * c.qkv_size();
     float* k = q + c.attention_size();
     float* v = k + c.num_kv_heads * HD;
@@ -282,40 +352,66 @@ void Model::rotate_and_cache(const Step& step, int layer) {
     }
     vector_->scale(q, c.attention_scale, c.attention_size());
     const int64_t slot = batch_.slot_mapping[t];
-    const int64_t block = slot / kBlockSize * kv_.block_stride();
     for (int head = 0; head < c.num_kv_heads; ++head) {
-      write_kv(k + head * HD, v + head * HD, HD, static_cast<int>(slot % kBlockSize),
-               kv_.keys(layer, head) + block, kv_.values(layer, head) + block);
+      write_kv_(k + head * HD, v + head * HD, HD, static_cast<int>(slot % kBlockSize),
+                kv_.block(layer, slot / kBlockSize, head));
     }
   });
 }
 
-void Model::attend(int layer, int thread) {
+void Model::attend(const Step& step, int layer, int thread) {
+  if (step.num_parts > 0 && config_.layer_windows[layer] == 0) {
+    return attend_parts(step, layer, thread);
+  }
+  float* scratch = state_.attention_scratch[thread].as<float>();
+  const int num_kv_heads = config_.num_kv_heads;
+  for_units(thread, step.num_tiles * num_kv_heads, [&](int unit) {
+    attend_(attention_unit(tiles_[unit / num_kv_heads], layer, unit % num_kv_heads), scratch);
+  });
+}
+
+// The segments by any thread each, then what they come to.
+void Model::attend_parts(const Step& step, int layer, int thread) {
+  float* scratch = state_.attention_scratch[thread].as<float>();
+  float* states = attention_states_.as<float>();
+  const int64_t most = attention_state_floats(kMaxPartRows, config_.head_dim);
+  for_units(thread, step.num_parts, [&](int i) {
+    const AttentionPart& part = parts_[i];
+    const AttentionUnit unit = attention_unit(tiles_[part.tile], layer, part.kv_head);
+    const int64_t floats = attention_state_floats(unit.num_tokens * unit.num_heads, unit.head_dim);
+    float* first = states + (i - part.segment) * most;
+    attend_segment_(unit, part.segment, scratch, first + part.segment * floats);
+  });
+  for_units(thread, step.num_parts, [&](int i) {
+    const AttentionPart& part = parts_[i];
+    if (part.segment > 0) return;
+    int num_segments = 1;
+    while (i + num_segments < step.num_parts && parts_[i + num_segments].segment > 0) {
+      ++num_segments;
+    }
+    vector_->merge_segments(attention_unit(tiles_[part.tile], layer, part.kv_head),
+                            states + i * most, num_segments, scratch);
+  });
+}
+
+AttentionUnit Model::attention_unit(const Tile& tile, int layer, int kv_head) const {
   const Config& c = config_;
   const int group = c.num_heads / c.num_kv_heads;
-  const int num_units = static_cast<int>(tiles_.size()) * c.num_kv_heads;
-  int begin, end;
-  while (pool_.take(num_units, 1, &begin, &end)) {
-    const Tile& tile = tiles_[begin / c.num_kv_heads];
-    const int kv_head = begin % c.num_kv_heads;
-    const int64_t channel = int64_t{kv_head} * group * c.head_dim;
-    AttentionUnit unit;
-    unit.queries = state_.qkv + int64_t{tile.first_token} * c.qkv_size() + channel;
-    unit.out = state_.attention + int64_t{tile.first_token} * c.attention_size() + channel;
-    unit.ld_queries = c.qkv_size();
-    unit.ld_out = c.attention_size();
-    unit.num_tokens = tile.num_tokens;
-    unit.num_heads = group;
-    unit.head_dim = c.head_dim;
-    unit.first_position = batch_.positions[tile.first_token];
-    unit.window = c.layer_windows[layer];
-    unit.block_table = batch_.block_table + int64_t{tile.sequence} * limits_.max_blocks_per_seq;
-    unit.keys = kv_.keys(layer, kv_head);
-    unit.values = kv_.values(layer, kv_head);
-    unit.block_stride = kv_.block_stride();
-    vector_->attend(unit, state_.attention_scratch[thread].as<float>());
-  }
-  pool_.barrier();
+  const int64_t channel = int64_t{kv_head} * group * c.head_dim;
+  AttentionUnit unit;
+  unit.queries = state_.qkv + int64_t{tile.first_token} * c.qkv_size() + channel;
+  unit.out = state_.attention + int64_t{tile.first_token} * c.attention_size() + channel;
+  unit.ld_queries = c.qkv_size();
+  unit.ld_out = c.attention_size();
+  unit.num_tokens = tile.num_tokens;
+  unit.num_heads = group;
+  unit.head_dim = c.head_dim;
+  unit.first_position = batch_.positions[tile.first_token];
+  unit.window = c.layer_windows[layer];
+  unit.block_table = batch_.block_table + int64_t{tile.sequence} * limits_.max_blocks_per_seq;
+  unit.kv = kv_.block(layer, 0, kv_head);
+  unit.block_stride = kv_.block_stride();
+  return unit;
 }
 
 // Logits of the rows that need them, a chunk at a time, and their samples.
@@ -324,9 +420,10 @@ void Model::sample(const Step& step, int thread) {
   const int D = c.hidden_size, V = c.vocab_size;
   const Matrix& head = weights_.output.loaded() ? weights_.output : weights_.embedding;
   const FloatVector& post_norm = weights_.layers.back().mlp_post_norm;
+  const Activations normed = activations(state_.shared.normed, D, state_.shared);
   for (int first = 0; first < step.num_rows; first += kLogitsChunk) {
     const int num_rows = std::min(kLogitsChunk, step.num_rows - first);
-    for_rows(num_rows, [&](int i) {
+    for_units(thread, num_rows, [&](int i) {
       const int64_t t = batch_.logits_rows[first + i];
       float* hidden = state_.hidden + t * D;
       if (!post_norm.empty()) {
@@ -335,15 +432,12 @@ void Model::sample(const Step& step, int thread) {
         vector_->add(hidden, branch, D);
       }
       vector_->rms_norm(hidden, weights_.final_norm.data(), c.norm_eps, D,
-                        state_.normed + int64_t{i} * D);
-      linear_->quantize_rows(activations(state_.normed, D), D, i, i + 1);
+                        state_.shared.normed + int64_t{i} * D);
+      linear_->quantize_rows(normed, D, i, i + 1);
     });
-    multiply({&head}, activations(state_.normed, D), num_rows, state_.logits, V, false);
-    int begin, end;
-    while (pool_.take(num_rows, 1, &begin, &end)) {
-      sample_one(first + begin, state_.logits + int64_t{begin} * V, thread);
-    }
-    pool_.barrier();
+    multiply(thread, {&head}, normed, num_rows, state_.logits, V, false);
+    for_units(thread, num_rows,
+              [&](int i) { sample_one(first + i, state_.logits + int64_t{i} * V, thread); });
   }
 }
 

@@ -38,10 +38,10 @@ struct Config {
   int attention_size() const { return num_heads * head_dim; }
 };
 
-// A matrix with the memory that holds it.
+// A packed matrix in the weights' arena.
 struct Matrix {
-  Buffer memory;
   PackedMatrix packed;
+  size_t bytes = 0;
   bool loaded() const { return packed.data != nullptr; }
 };
 
@@ -62,34 +62,51 @@ struct LayerWeights {
 };
 
 struct Weights {
+  Arena arena;
   Matrix embedding;        // (V, D)
   Matrix output;           // (V, D), absent where the embedding is the head
   FloatVector final_norm;  // (D,)
   std::vector<LayerWeights> layers;
 };
 
+// The input of a linear layer, in the forms that its formats want.
+struct Operand {
+  float* normed = nullptr;      // (rows, D)
+  int8_t* quantized = nullptr;  // (rows, widest padded K)
+  float* scales = nullptr;      // (rows, groups)
+  float* sums = nullptr;        // (rows, groups)
+};
+
 // Activations of a step, allocated when the batch's capacity is known.
 struct RunState {
   Buffer memory;
   float* hidden = nullptr;                      // (T, D) the residual stream
-  float* normed = nullptr;                      // (T, D)
   float* qkv = nullptr;                         // (T, (H + 2 KH) HD)
   float* attention = nullptr;                   // (T, H HD)
   float* mlp = nullptr;                         // (T, 2 I) gate, then up
   float* branch = nullptr;                      // (T, D) a branch's output before its post norm
   float* cos = nullptr;                         // (tables, T, HD / 2)
   float* sin = nullptr;                         // (tables, T, HD / 2)
-  int8_t* quantized = nullptr;                  // (T, widest padded K)
-  float* scales = nullptr;                      // (T, groups)
-  float* sums = nullptr;                        // (T, groups)
   float* logits = nullptr;                      // (kLogitsChunk, V)
+  Operand shared;                               // T rows
+  Operand gated;                                // T rows: what `down` reads, normed unused
+  std::vector<Operand> own;                     // one a thread, kReplicatedRows rows
   std::vector<Buffer> attention_scratch;        // one a thread
   std::vector<SamplerScratch> sampler_scratch;  // one a thread
 };
 
+// Steps of so few rows norm and quantize them on every thread, each for itself: cheaper than to
+// share the work and wait for each other.
+constexpr int kReplicatedRows = 2;
+
 // Rows of logits that are held at a time: enough to read the head's weights once for all decoding
 // sequences of a usual step, few enough that a vocabulary of 262144 stays at 32 MiB.
 constexpr int kLogitsChunk = 32;
+
+// Attention over few tiles is shared by segments of their keys: a long sequence that decodes alone
+// would leave threads without a KV head. Only tiles of so few rows, and so many a thread at most.
+constexpr int kMaxPartRows = 16;
+constexpr int kMaxPartedUnits = 4;
 
 class Model {
  public:
@@ -105,7 +122,7 @@ class Model {
   // Throws std::invalid_argument naming the first slot that is missing.
   void finalize();
 
-  void allocate_kv(int num_blocks);
+  void allocate_kv(int num_blocks, KvDtype dtype);
 
   // Sets the buffers of the next steps and allocates the activations for them.
   void bind(const Batch& batch, const Limits& limits);
@@ -118,38 +135,55 @@ class Model {
   int num_threads() const { return pool_.num_threads(); }
   const char* isa() const { return linear_->isa; }
   int num_kv_blocks() const { return kv_.num_blocks; }
+  KvDtype kv_dtype() const { return kv_.dtype; }
   int64_t weights_bytes() const;
-  int64_t kv_bytes_per_block() const {
-    return KvCache::block_bytes(config_.num_layers, config_.num_kv_heads, config_.head_dim);
+  int64_t kv_bytes_per_block(KvDtype dtype) const {
+    return KvCache::block_bytes(dtype, config_.num_layers, config_.num_kv_heads, config_.head_dim);
   }
 
  private:
+  // A thread may still be on its way through a step when the next one is planned: what decides the
+  // number of operations is therefore here, and never read from the plan itself.
   struct Step {
     int num_tokens, num_sequences, num_rows;
+    int num_tiles, num_parts;  // of attention; no parts: tiles are computed whole
   };
+
   // A query tile of one sequence, for all KV heads.
   struct Tile {
     int sequence, first_token, num_tokens;
   };
 
+  // One segment of a tile's keys, for one KV head; those of a tile and head lie together.
+  struct AttentionPart {
+    int tile, kv_head, segment;
+  };
+
   void check(const Step& step) const;
-  void plan_tiles(const Step& step);
+  void plan_tiles(Step* step);
+  void plan_parts(Step* step);
   void run_thread(const Step& step, int thread);
-  void embed(const Step& step);
-  void rotate_and_cache(const Step& step, int layer);
-  void attend(int layer, int thread);
+  void embed(const Step& step, int thread);
+  void rotate_and_cache(const Step& step, int layer, int thread);
+  void attend(const Step& step, int layer, int thread);
+  void attend_parts(const Step& step, int layer, int thread);
+  AttentionUnit attention_unit(const Tile& tile, int layer, int kv_head) const;
   void mix(const Step& step, int layer, int thread);
-  void transform(const Step& step, int layer);
+  void transform(const Step& step, int layer, int thread);
+  void gate_up(const Step& step, int layer, int thread, const Activations& x);
   void sample(const Step& step, int thread);
   void sample_one(int row, float* logits, int thread);
 
   template <typename Op>
-  void for_rows(int num_rows, Op op);
-  Activations activations(const float* values, int64_t ld) const;
-  void norm_rows(const Step& step, const FloatVector& weight, const FloatVector& post_norm);
-  void multiply(std::initializer_list<const Matrix*> parts, const Activations& x, int num_rows,
-                float* y, int64_t ld_y, bool accumulate);
-  void residual(const Matrix& w, const Activations& x, const Step& step, bool has_post_norm);
+  void for_units(int thread, int num_units, Op op);
+  bool replicates(const Step& step) const { return step.num_tokens <= kReplicatedRows; }
+  Activations norm_rows(const Step& step, const FloatVector& weight, const FloatVector& post_norm,
+                        int thread);
+  Activations quantize_attention(const Step& step, const Matrix& w, int thread);
+  void multiply(int thread, std::initializer_list<const Matrix*> parts, const Activations& x,
+                int num_rows, float* y, int64_t ld_y, bool accumulate);
+  void residual(int thread, const Matrix& w, const Activations& x, const Step& step,
+                bool has_post_norm);
 
   Config config_;
   const LinearKernels* linear_;
@@ -157,10 +191,15 @@ class Model {
   ThreadPool pool_;
   Weights weights_;
   KvCache kv_;
+  VectorKernels::Attend attend_ = nullptr;  // of the cache's dtype, as the next
+  VectorKernels::AttendSegment attend_segment_ = nullptr;
+  VectorKernels::WriteKv write_kv_ = nullptr;
   Batch batch_;
   Limits limits_;
   RunState state_;
   std::vector<Tile> tiles_;
+  std::vector<AttentionPart> parts_;  // empty where the tiles are shared whole
+  Buffer attention_states_;           // a state of kMaxPartRows a part
 };
 
 }  // namespace fulcrum

@@ -10,10 +10,32 @@ enum class Activation : uint8_t { kSilu, kGeluTanh };
 
 constexpr int kBlockSize = 16;  // tokens in a KV block
 
+enum class KvDtype : uint8_t { kBf16, kInt8 };
+
+// Where things lie in a KV block of one layer and head, in bytes. Keys are (head_dim, kBlockSize),
+// values (kBlockSize, head_dim): keys are read token-parallel, values channel-parallel, so that
+// neither needs a horizontal sum. int8 adds a float32 scale for each token's key and value, max |x|
+// / 127: (kBlockSize,) of the keys, then of the values. Outside of the dot products, where they
+// cost a multiplication a token instead of one a channel. Every offset is a multiple of 64.
+struct KvBlockLayout {
+  constexpr KvBlockLayout(KvDtype dtype, int head_dim)
+      : values(int64_t{head_dim} * kBlockSize * (dtype == KvDtype::kBf16 ? 2 : 1)),
+        key_scales(2 * values),
+        value_scales(key_scales + scales_bytes(dtype)),
+        bytes(value_scales + scales_bytes(dtype)) {}
+
+  int64_t values;  // the keys are at 0
+  int64_t key_scales;
+  int64_t value_scales;
+  int64_t bytes;
+
+ private:
+  static constexpr int64_t scales_bytes(KvDtype dtype) {
+    return dtype == KvDtype::kBf16 ? 0 : kBlockSize * sizeof(float);
+  }
+};
+
 // What one attention unit reads: the query rows of one sequence that share a KV head.
-// KV blocks hold, per layer and KV head, keys as (head_dim, kBlockSize) and values as
-// (kBlockSize, head_dim), bf16: keys are read token-parallel, values channel-parallel, so that
-// neither needs a horizontal sum.
 struct AttentionUnit {
   const float* queries;  // (num_tokens, num_heads, head_dim), scaled; token stride below
   float* out;            // likewise
@@ -25,18 +47,38 @@ struct AttentionUnit {
   int first_position;          // position of the first query token; the others follow
   int window;                  // tokens a query sees, itself included; 0: all before it
   const int32_t* block_table;  // blocks of the sequence, in position order
-  const uint16_t* keys;        // of this layer and KV head, block 0
-  const uint16_t* values;
-  int64_t block_stride;  // uint16 elements from one block to the next, same layer and head
+  const uint8_t* kv;           // of this layer and KV head, block 0
+  int64_t block_stride;        // bytes from one block to the next, same layer and head
 };
 
 constexpr int kMaxTileTokens = 16;   // query tokens of an attention unit
 constexpr int kMaxTileRows = 64;     // query tokens x heads of an attention unit
 constexpr int kAttentionChunk = 64;  // keys between two updates of the online softmax
 
-// Floats of scratch memory that attend needs, for one thread.
+// Keys whose softmax is taken by itself; segments are merged in position order. So several threads
+// can share the keys of one sequence, and a row's result does not tell whether they did.
+constexpr int kAttentionSegment = 512;
+
+struct SegmentRange {
+  int begin, end;
+};
+
+// Segments that hold the keys of the query tokens [first_position, first_position + num_tokens).
+inline SegmentRange attention_segments(int first_position, int num_tokens, int window) {
+  const int first_seen = window > 0 && first_position >= window ? first_position - window + 1 : 0;
+  const int end = first_position + num_tokens;
+  return {first_seen / kAttentionSegment, (end - 1) / kAttentionSegment + 1};
+}
+
+// Floats of a segment's state for so many rows: sums, maxima and totals.
+inline int64_t attention_state_floats(int num_rows, int head_dim) {
+  return int64_t{num_rows} * (head_dim + 2);
+}
+
+// Floats of scratch memory that attend and attend_segment need, for one thread.
 inline int64_t attention_scratch_floats(int head_dim) {
-  return int64_t{kMaxTileRows} * (kAttentionChunk + head_dim + 2);
+  return int64_t{kMaxTileRows} * kAttentionChunk +
+         2 * attention_state_floats(kMaxTileRows, head_dim);
 }
 
 struct VectorKernels {
@@ -57,15 +99,33 @@ struct VectorKernels {
 
   // Softmax attention over the paged cache, keys in position order, in chunks whose bounds are
   // multiples of kAttentionChunk, so that a row's result does not depend on its tile.
-  void (*attend)(const AttentionUnit& unit, float* scratch);
+  using Attend = void (*)(const AttentionUnit& unit, float* scratch);
+  Attend attend_bf16, attend_int8;
+
+  // attend in parts: the state of one of the unit's segments, then `out` from the states of all of
+  // them in order, attention_state_floats each. The result is that of attend, bit for bit.
+  using AttendSegment = void (*)(const AttentionUnit& unit, int segment, float* scratch,
+                                 float* state);
+  AttendSegment attend_segment_bf16, attend_segment_int8;
+  void (*merge_segments)(const AttentionUnit& unit, float* states, int num_segments,
+                         float* scratch);
+
+  // Writes one token's key and value of one head, (head_dim,) each, into slot `offset` of its
+  // block: rounded to bf16, or to int8 with a scale of its own.
+  using WriteKv = void (*)(const float* key, const float* value, int head_dim, int offset,
+                           uint8_t* block);
+  WriteKv write_kv_bf16, write_kv_int8;
+
+  Attend attend(KvDtype dtype) const { return dtype == KvDtype::kBf16 ? attend_bf16 : attend_int8; }
+  AttendSegment attend_segment(KvDtype dtype) const {
+    return dtype == KvDtype::kBf16 ? attend_segment_bf16 : attend_segment_int8;
+  }
+  WriteKv write_kv(KvDtype dtype) const {
+    return dtype == KvDtype::kBf16 ? write_kv_bf16 : write_kv_int8;
+  }
 };
 
 // The table of one instruction set, or nullptr where this build has none of that name.
 const VectorKernels* vector_kernels(const char* isa);
-
-// Writes one token's key and value of one head into its slot, rounded to bf16.
-// key_block: (head_dim, kBlockSize), value_block: (kBlockSize, head_dim).
-void write_kv(const float* key, const float* value, int head_dim, int offset, uint16_t* key_block,
-              uint16_t* value_block);
 
 }  // namespace fulcrum

@@ -3,12 +3,13 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace fulcrum {
 namespace {
 
 // Steps follow each other within tens of microseconds while requests run: a worker spins that
-// long before it sleeps. In a barrier it yields after a shorter spin, since the thread that it
+// long before it sleeps. Inside a job it yields after a shorter spin, since the thread that it
 // waits for may need this very core.
 constexpr int kSpinsBeforeSleep = 2000;
 constexpr int kSpinsBeforeYield = 500;
@@ -34,33 +35,44 @@ void spin_until(Done done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(std::max(1, num_threads)) {
+ThreadPool::ThreadPool(int num_threads, std::function<void(int, const Arguments&)> job)
+    : num_threads_(std::max(1, num_threads)),
+      job_(std::move(job)),
+      places_(new Place[num_threads_]) {
   for (int thread = 1; thread < num_threads_; ++thread) {
     threads_.emplace_back([this, thread] { work(thread); });
   }
 }
 
 ThreadPool::~ThreadPool() {
-  stopping_.store(true);
-  generation_.fetch_add(1);
+  is_stopping_.store(true);
+  generation_.fetch_add(2);
   generation_.notify_all();
   for (std::thread& thread : threads_) thread.join();
 }
 
-void ThreadPool::run(const std::function<void(int)>& job) {
-  job_ = &job;
-  queues_[0].next.store(0, std::memory_order_relaxed);
-  queues_[1].next.store(0, std::memory_order_relaxed);
-  num_unfinished_.store(num_threads_ - 1, std::memory_order_relaxed);
+void ThreadPool::run(const Arguments& arguments) {
+  const uint32_t first_phase = open_phase();
+  generation_.fetch_add(1);
+  first_phase_.store(first_phase);
+  for (size_t i = 0; i < arguments.size(); ++i) arguments_[i].store(arguments[i]);
+  is_open_.store(true);
   generation_.fetch_add(1);
   if (num_sleeping_.load() > 0) generation_.notify_all();
-  job(0);
-  spin_until([this] { return num_unfinished_.load(std::memory_order_acquire) == 0; });
+  places_[0].phase = first_phase;
+  job_(0, arguments);
+  is_open_.store(false);
 }
 
-void ThreadPool::wait_for_generation(uint32_t seen) {
+void ThreadPool::wait_until_idle() const {
+  for (int thread = 1; thread < num_threads_; ++thread) {
+    spin_until([&] { return !places_[thread].is_inside.load(); });
+  }
+}
+
+void ThreadPool::wait_for_job(uint32_t seen) {
   for (int spins = 0; spins < kSpinsBeforeSleep; ++spins) {
-    if (generation_.load(std::memory_order_acquire) != seen) return;
+    if (generation_.load() != seen) return;
     pause_cpu();
   }
   num_sleeping_.fetch_add(1);
@@ -68,39 +80,57 @@ void ThreadPool::wait_for_generation(uint32_t seen) {
   num_sleeping_.fetch_sub(1);
 }
 
+// Copies the job as of one generation, and returns which.
+uint32_t ThreadPool::read_job(uint32_t* first_phase, Arguments* arguments) const {
+  while (true) {
+    const uint32_t generation = generation_.load();
+    *first_phase = first_phase_.load();
+    for (size_t i = 0; i < arguments->size(); ++i) (*arguments)[i] = arguments_[i].load();
+    if (generation % 2 == 0 && generation_.load() == generation) return generation;
+    pause_cpu();
+  }
+}
+
 void ThreadPool::work(int thread) {
+  Place& place = places_[thread];
   uint32_t seen = 0;
   while (true) {
-    wait_for_generation(seen);
-    ++seen;
-    if (stopping_.load()) return;
-    (*job_)(thread);
-    num_unfinished_.fetch_sub(1, std::memory_order_release);
+    wait_for_job(seen);
+    if (is_stopping_.load()) return;
+    // Inside first, then a look whether the job is still open: either wait_until_idle sees this
+    // thread, or this thread sees that there is nothing left to do.
+    place.is_inside.store(true);
+    Arguments arguments;
+    seen = read_job(&place.phase, &arguments);
+    if (is_open_.load()) job_(thread, arguments);
+    place.is_inside.store(false);
   }
 }
 
-void ThreadPool::barrier() {
-  const uint32_t phase = barrier_phase_.load(std::memory_order_relaxed);
-  if (num_threads_ == 1) {
-    queues_[phase & 1].next.store(0, std::memory_order_relaxed);
-    barrier_phase_.store(phase + 1, std::memory_order_relaxed);
-    return;
-  }
-  if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-    num_arrived_.store(0, std::memory_order_relaxed);
-    // Everybody has left the queue of this phase; it serves again in the phase after the next.
-    queues_[phase & 1].next.store(0, std::memory_order_relaxed);
-    barrier_phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  spin_until([&] { return barrier_phase_.load(std::memory_order_acquire) != phase; });
+bool ThreadPool::take(uint32_t phase, int num_units, int* begin, int* end) {
+  uint64_t queue = queue_.load(std::memory_order_acquire);
+  int next = 0, count = 0;
+  do {
+    next = static_cast<int>(queue & 0xffffffff);
+    if (queue >> 32 != phase || next >= num_units) return false;
+    count = std::max(1, (num_units - next) / (2 * num_threads_));
+  } while (!queue_.compare_exchange_weak(queue, queue + count, std::memory_order_acq_rel,
+                                         std::memory_order_acquire));
+  *begin = next;
+  *end = next + count;
+  return true;
 }
 
-bool ThreadPool::take(int num_units, int count, int* begin, int* end) {
-  Queue& queue = queues_[barrier_phase_.load(std::memory_order_relaxed) & 1];
-  *begin = queue.next.fetch_add(count, std::memory_order_relaxed);
-  *end = std::min(*begin + count, num_units);
-  return *begin < num_units;
+void ThreadPool::complete(uint32_t phase, int num_units, int num_all_units) {
+  const int completed = num_completed_.fetch_add(num_units, std::memory_order_acq_rel) + num_units;
+  if (completed < num_all_units) return;
+  // Nobody holds a unit of this phase any more, and none of the next can be taken yet.
+  num_completed_.store(0, std::memory_order_relaxed);
+  queue_.store(uint64_t{phase + 1} << 32, std::memory_order_release);
+}
+
+void ThreadPool::wait_for_end(uint32_t phase) const {
+  spin_until([&] { return open_phase() != phase; });
 }
 
 }  // namespace fulcrum

@@ -1,7 +1,10 @@
 // The threads of a model: they live as long as it does and run each step together, every thread
-// the same code over its share of the work, with a barrier between operations.
+// the same code. An operation is over when all of its units are computed, not when all threads
+// have come by: a thread that the machine gave to somebody else holds up at most the units it has
+// taken, and skips what the others did without it.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -13,41 +16,74 @@ namespace fulcrum {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads);
+  using Arguments = std::array<int, 5>;
+
+  // `job` must not throw, must call share() equally often on every thread, with equal numbers of
+  // units, and may write shared memory inside of share() only.
+  ThreadPool(int num_threads, std::function<void(int thread, const Arguments&)> job);
   ~ThreadPool();
 
   int num_threads() const { return num_threads_; }
 
-  // Runs job(thread) on every thread, the caller's being thread 0; returns when all are done.
-  // The job must not throw.
-  void run(const std::function<void(int)>& job);
+  // Runs the job on every thread, the caller's being thread 0; returns when its last operation is
+  // over. Other threads may then still be on their way through it.
+  void run(const Arguments& arguments);
 
-  // Inside a job: waits until every thread has come here, then opens the next queue of units.
-  void barrier();
+  // Waits until no other thread is inside the job: before memory that it reads is replaced.
+  void wait_until_idle() const;
 
-  // Inside a job, between two barriers: takes the next `count` units of `num_units`, in order.
-  // Returns false when none is left. Threads that are slowed down by others on the machine take
-  // fewer, so that all finish together.
-  bool take(int num_units, int count, int* begin, int* end);
+  // Inside a job: calls op(begin, end) on parts of `num_units` (at least 1) units, shared among
+  // the threads; returns when all units are computed. The first parts are large, so that a thread
+  // reads long runs of memory, the last ones small, so that all threads finish together though
+  // others on the machine slow one of them down (guided self-scheduling: Polychronopoulos & Kuck
+  // 1987).
+  template <typename Op>
+  void share(int thread, int num_units, Op op) {
+    const uint32_t phase = places_[thread].phase++;
+    int begin, end;
+    while (take(phase, num_units, &begin, &end)) {
+      op(begin, end);
+      complete(phase, end - begin, num_units);
+    }
+    wait_for_end(phase);
+  }
+
+  // Inside a job: whether the next operation is still to be computed. A thread that lags behind
+  // need not prepare for it otherwise.
+  bool is_next_open(int thread) const { return open_phase() == places_[thread].phase; }
 
  private:
+  // What a thread has to itself.
+  struct alignas(64) Place {
+    uint32_t phase = 0;                  // of the next operation; its own thread's alone
+    std::atomic<bool> is_inside{false};  // the job
+  };
+
+  bool take(uint32_t phase, int num_units, int* begin, int* end);
+  void complete(uint32_t phase, int num_units, int num_all_units);
+  void wait_for_end(uint32_t phase) const;
+  uint32_t open_phase() const {
+    return static_cast<uint32_t>(queue_.load(std::memory_order_acquire) >> 32);
+  }
   void work(int thread);
-  void wait_for_generation(uint32_t seen);
+  void wait_for_job(uint32_t seen);
+  uint32_t read_job(uint32_t* first_phase, Arguments* arguments) const;
 
   const int num_threads_;
+  const std::function<void(int, const Arguments&)> job_;
+  std::unique_ptr<Place[]> places_;  // (num_threads,)
   std::vector<std::thread> threads_;
-  const std::function<void(int)>* job_ = nullptr;
-  alignas(64) std::atomic<uint32_t> generation_{0};  // counts jobs
-  alignas(64) std::atomic<int> num_sleeping_{0};
-  alignas(64) std::atomic<int> num_unfinished_{0};
-  alignas(64) std::atomic<int> num_arrived_{0};
-  alignas(64) std::atomic<uint32_t> barrier_phase_{0};
-  // Two queues in turn: while threads still leave one, the next is already at zero.
-  struct alignas(64) Queue {
-    std::atomic<int> next{0};
-  };
-  Queue queues_[2];
-  std::atomic<bool> stopping_{false};
+  // The open operation's phase in the upper half, its next unit in the lower: taken together, so
+  // that a thread that lags cannot take a unit of a later operation.
+  alignas(64) std::atomic<uint64_t> queue_{0};
+  alignas(64) std::atomic<int> num_completed_{0};
+  // The job, guarded by its generation as a sequence lock: odd while it is written.
+  alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<uint32_t> first_phase_{0};
+  std::array<std::atomic<int>, std::tuple_size_v<Arguments>> arguments_{};
+  std::atomic<bool> is_open_{false};  // false once the job's last operation is over
+  std::atomic<int> num_sleeping_{0};
+  std::atomic<bool> is_stopping_{false};
 };
 
 }  // namespace fulcrum

@@ -98,12 +98,17 @@ Model::Model(const Config& config, int num_threads, const std::string& isa)
     : config_(config),
       linear_(linear_kernels(isa.c_str())),
       vector_(vector_kernels(isa.c_str())),
-      pool_(num_threads) {
+      pool_(num_threads, [this](int thread, const ThreadPool::Arguments& sizes) {
+        run_thread({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, thread);
+      }) {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
   };
   require(linear_ != nullptr && vector_ != nullptr && isa_supported(isa.c_str()),
           "instruction set " + isa + " is not available on this machine");
+  for (Format format : {Format::kBf16, Format::kInt8, Format::kInt4}) {
+    require(kGroupSize % linear_->tile_channels(format) == 0, "tiles do not divide groups");
+  }
   const Config& c = config_;
   require(c.num_layers > 0 && c.hidden_size > 0 && c.intermediate_size > 0 && c.num_heads > 0 &&
               c.num_kv_heads > 0 && c.vocab_size > 0,
@@ -178,7 +183,8 @@ void Model::load_matrix(const std::string& slot, int layer, const std::string& b
   const int head_dim = interleaved_rope_heads > 0 ? N / interleaved_rope_heads : 0;
   Matrix matrix;
   matrix.packed = {parse_format(format), N, K, nullptr};
-  matrix.memory = Buffer(linear_->packed_bytes(matrix.packed.format, N, K));
+  matrix.bytes = linear_->packed_bytes(matrix.packed.format, N, K);
+  uint8_t* const memory = weights_.arena.take(matrix.bytes);
   const int channels = linear_->tile_channels(matrix.packed.format);
   TileRows tile(channels, K);
   for (int begin = 0; begin < N; begin += channels) {
@@ -191,10 +197,10 @@ void Model::load_matrix(const std::string& slot, int layer, const std::string& b
                    tile.scales.data() + i * num_groups(K), tile.minima.data() + i * num_groups(K));
     }
     linear_->pack(matrix.packed.format, N, K, begin, end, tile.values.data(), tile.quants.data(),
-                  tile.scales.data(), tile.minima.data(), matrix.memory.data());
+                  tile.scales.data(), tile.minima.data(), memory);
   }
-  matrix.packed.data = matrix.memory.data();
-  *target = std::move(matrix);
+  matrix.packed.data = memory;
+  *target = matrix;
 }
 
 void Model::finalize() {
@@ -212,10 +218,10 @@ void Model::finalize() {
 }
 
 int64_t Model::weights_bytes() const {
-  int64_t bytes = weights_.embedding.memory.bytes() + weights_.output.memory.bytes() +
-                  weights_.final_norm.size() * sizeof(float);
+  int64_t bytes =
+      weights_.embedding.bytes + weights_.output.bytes + weights_.final_norm.size() * sizeof(float);
   for (const LayerWeights& w : weights_.layers) {
-    for (const MatrixSlot& entry : kMatrixSlots) bytes += (w.*entry.member).memory.bytes();
+    for (const MatrixSlot& entry : kMatrixSlots) bytes += (w.*entry.member).bytes;
     for (const VectorSlot& entry : kVectorSlots) {
       bytes += (w.*entry.member).size() * sizeof(float);
     }
@@ -223,16 +229,21 @@ int64_t Model::weights_bytes() const {
   return bytes;
 }
 
-void Model::allocate_kv(int num_blocks) {
+void Model::allocate_kv(int num_blocks, KvDtype dtype) {
   if (num_blocks < 1) throw std::invalid_argument("the KV cache needs at least one block");
+  pool_.wait_until_idle();
   kv_ = KvCache{};  // frees the former one first
   KvCache cache;
+  cache.dtype = dtype;
   cache.num_layers = config_.num_layers;
   cache.num_kv_heads = config_.num_kv_heads;
   cache.head_dim = config_.head_dim;
   cache.num_blocks = num_blocks;
-  cache.memory = Buffer(kv_bytes_per_block() * num_blocks);
+  cache.memory = Buffer(kv_bytes_per_block(dtype) * num_blocks);
   kv_ = std::move(cache);
+  attend_ = vector_->attend(dtype);
+  attend_segment_ = vector_->attend_segment(dtype);
+  write_kv_ = vector_->write_kv(dtype);
 }
 
 }  // namespace fulcrum

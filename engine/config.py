@@ -5,6 +5,7 @@ from typing import Literal
 import msgspec
 
 Quantization = Literal["auto", "none", "int8", "int4"]
+KvDtype = Literal["bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -18,6 +19,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "smollm2-135m"  # short name, folder, .gguf file or hub id
     device: Device = "auto"
     quantization: Quantization = "auto"
+    kv_dtype: Literal["auto"] | KvDtype = "auto"
     kv_memory_bytes: int | None = None
     max_model_len: int | None = None  # tokens of prompt and output together
     max_sequences: int = 64  # B at most
@@ -30,6 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"--quantization {self.quantization}: choose auto, none, int8 or int4"
             )
+        if self.kv_dtype not in ("auto", "bf16", "int8"):
+            raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
         for name, value in (

@@ -1,10 +1,12 @@
-"""How long a sequence may get and how many KV blocks there are: from the settings, the model and
-the memory that is left. The loader calls it.
+"""How long a sequence may get, how many KV blocks there are and in which dtype: from the settings,
+the model and the memory that is left. The loader calls it.
 """
+
+from collections.abc import Callable
 
 import msgspec
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import ConfigError, EngineConfig, KvDtype
 from engine.machine import available_memory_bytes
 
 # Longer contexts are for the user to ask for: their KV cache is what the memory goes to.
@@ -14,8 +16,10 @@ _DEFAULT_KV_SHARE = 4  # at most 1/4 of the available memory
 
 
 class ContextPlan(msgspec.Struct, frozen=True):
-    """The two numbers, each with its reason for the start-up table."""
+    """What was chosen, each with its reason for the start-up table."""
 
+    kv_dtype: KvDtype
+    kv_dtype_reason: str
     max_model_len: int
     max_model_len_reason: str
     num_kv_blocks: int
@@ -23,16 +27,22 @@ class ContextPlan(msgspec.Struct, frozen=True):
 
 
 def plan_context(
-    config: EngineConfig, max_position: int, block_size: int, block_bytes: int
+    config: EngineConfig,
+    max_position: int,
+    block_size: int,
+    block_bytes_of: Callable[[KvDtype], int],
 ) -> ContextPlan:
-    """Choose the context length and the number of KV blocks, after the weights are loaded.
+    """Choose the context length, the KV dtype and the number of KV blocks, after the weights are
+    loaded.
 
     `max_position` is the model's own limit in tokens. What the user asked for is kept or refused
     with a ConfigError; defaults give way to what the memory holds.
     """
     max_model_len, len_reason = _wanted_model_len(config, max_position)
-    num_blocks, blocks_reason = _wanted_blocks(config, max_model_len, block_size, block_bytes)
     needed = -(-max_model_len // block_size)
+    kv_dtype, dtype_reason = _kv_dtype(config, needed, block_bytes_of)
+    block_bytes = block_bytes_of(kv_dtype)
+    num_blocks, blocks_reason = _wanted_blocks(config, max_model_len, block_size, block_bytes)
     if num_blocks < needed:
         if config.max_model_len is not None or num_blocks == 0:
             raise ConfigError(
@@ -42,7 +52,20 @@ def plan_context(
             )
         max_model_len = num_blocks * block_size
         len_reason = "what the KV cache holds"
-    return ContextPlan(max_model_len, len_reason, num_blocks, blocks_reason)
+    return ContextPlan(kv_dtype, dtype_reason, max_model_len, len_reason, num_blocks, blocks_reason)
+
+
+def _kv_dtype(
+    config: EngineConfig, needed_blocks: int, block_bytes_of: Callable[[KvDtype], int]
+) -> tuple[KvDtype, str]:
+    if config.kv_dtype != "auto":
+        return config.kv_dtype, "--kv-dtype"
+    given = config.kv_memory_bytes
+    if given is not None:
+        bf16_bytes, int8_bytes = (needed_blocks * block_bytes_of(d) for d in ("bf16", "int8"))
+        if int8_bytes <= given < bf16_bytes:
+            return "int8", "--kv-memory is too small for a sequence of full length in bf16"
+    return "bf16", "lossless by default"
 
 
 def _wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from engine.checkpoint.gguf import GgufFile
 from engine.checkpoint.progress import Progress
 from engine.checkpoint.sources import ResolvedModel, resolve
 from engine.checkpoint.tensor import CheckpointError, StoredTensor
-from engine.config import ConfigError, EngineConfig
+from engine.config import ConfigError, EngineConfig, KvDtype
 from engine.context_plan import plan_context
 from engine.machine import physical_cores
 from engine.models import spec_from_config, spec_from_gguf
@@ -63,6 +63,8 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_kv_blocks: int
     num_blocks_reason: str
+    kv_dtype: KvDtype
+    kv_dtype_reason: str
     formats: str
     quantization_reason: str
     fingerprint: str  # of weights and settings
@@ -97,8 +99,8 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
         core = fulcrum_core.Model(core_config(spec), num_threads, isa)
         tokenizer, chat_template = _fill(core, checkpoint, plan, num_threads)
         core.finalize()
-        context = plan_context(config, spec.max_position, core.block_size, core.kv_bytes_per_block)
-        core.allocate_kv(context.num_kv_blocks)
+        context = plan_context(config, spec.max_position, core.block_size, core.kv_block_bytes)
+        core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
     except ConfigError:
         raise
     except (TokenizerError, ChatTemplateError, ValueError, RuntimeError) as error:
@@ -122,9 +124,11 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
         weights_bytes=core.weights_bytes,
         num_kv_blocks=context.num_kv_blocks,
         num_blocks_reason=context.num_blocks_reason,
+        kv_dtype=context.kv_dtype,
+        kv_dtype_reason=context.kv_dtype_reason,
         formats=plan.formats,
         quantization_reason=plan.reason,
-        fingerprint=_fingerprint(spec, plan, core.isa),
+        fingerprint=_fingerprint(spec, plan, core.isa, context.kv_dtype),
         isa=core.isa,
         num_threads=core.num_threads,
     )
@@ -231,9 +235,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _fingerprint(spec: ModelSpec, plan: WeightPlan, isa: str) -> str:
+def _fingerprint(spec: ModelSpec, plan: WeightPlan, isa: str, kv_dtype: KvDtype) -> str:
     """Identify weights and settings: sizes, tensor tables and both ends of each file, no more."""
-    digest = hashlib.sha256(msgspec.json.encode((spec, isa)))
+    digest = hashlib.sha256(msgspec.json.encode((spec, isa, kv_dtype)))
     for item in plan.tensors:
         tensor = item.tensor
         entry = (tensor.name, tensor.shape, tensor.block_type, item.format)

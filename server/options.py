@@ -95,6 +95,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         help="weights' format; none is bf16, auto keeps what the file has (default: auto)",
     )
     group.add_argument(
+        "--kv-dtype",
+        choices=("auto", "bf16", "int8"),
+        default=defaults.kv_dtype,
+        help="keys' and values' format; auto is bf16 unless --kv-memory asks for less "
+        "(default: auto)",
+    )
+    group.add_argument(
         "--kv-memory", type=parse_size, help="memory of the KV cache, e.g. 512MB or 2GiB"
     )
     group.add_argument(
@@ -167,6 +174,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             model=args.model,
             device=args.device,
             quantization=args.quantization,
+            kv_dtype=args.kv_dtype,
             kv_memory_bytes=args.kv_memory,
             max_model_len=args.max_model_len,
             max_sequences=args.max_sequences,

@@ -18,6 +18,8 @@ def print_table(loaded: LoadedModel, name: str, address: str, log_format: LogFor
                     "weights_bytes": loaded.weights_bytes,
                     "formats": loaded.formats,
                     "quantization_reason": loaded.quantization_reason,
+                    "kv_dtype": loaded.kv_dtype,
+                    "kv_dtype_reason": loaded.kv_dtype_reason,
                     "kv_blocks": loaded.num_kv_blocks,
                     "kv_tokens": num_tokens,
                     "kv_reason": loaded.num_blocks_reason,
@@ -36,6 +38,7 @@ def print_table(loaded: LoadedModel, name: str, address: str, log_format: LogFor
         ("model", name),
         ("weights", f"{loaded.weights_bytes / 1e6:.1f} MB"),
         ("formats", f"{loaded.formats} ({loaded.quantization_reason})"),
+        ("KV dtype", f"{loaded.kv_dtype} ({loaded.kv_dtype_reason})"),
         (
             "KV cache",
             f"{loaded.num_kv_blocks} blocks, {num_tokens} tokens, {kv_bytes / 1e6:.1f} MB "

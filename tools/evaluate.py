@@ -72,7 +72,8 @@ class WindowScorer:
     """Computes log probabilities of windows with the core, several windows in a step."""
 
     def __init__(self, core: Any, context: int, first_scored: int) -> None:
-        """Bind buffers of its own to `core` and size its cache; the core serves nothing else."""
+        """Bind buffers of its own to `core` and size its cache, whose dtype stays; the core serves
+        nothing else."""
         self._core = core
         self._context = context
         self._first_scored = first_scored
@@ -184,6 +185,7 @@ def measure_perplexity(options: argparse.Namespace) -> dict[str, Any]:
     config = EngineConfig(
         model=options.model,
         quantization=options.quantization,
+        kv_dtype=options.kv_dtype,
         num_threads=options.threads,
         isa=options.isa,
         max_model_len=context,
@@ -208,6 +210,7 @@ def measure_perplexity(options: argparse.Namespace) -> dict[str, Any]:
         "model": model.name,
         "quantization": options.quantization,
         "formats": model.formats,
+        "kv_dtype": model.kv_dtype,
         "isa": model.isa,
         "threads": model.num_threads,
         "text": str(options.text),
@@ -240,6 +243,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--second-half", action="store_true", help="score as llama.cpp's perplexity tool does")
     add("--max-chunks", type=_at_least(1), help="only the first so many windows")
     add("--quantization", default="auto", help="auto, none, int8 or int4 (%(default)s)")
+    add("--kv-dtype", default="auto", help="auto, bf16 or int8 (%(default)s)")
     add("--threads", type=_at_least(1), help="of the core; default: physical cores")
     add("--isa", help="force an instruction set: portable, avx2 or avx512")
     add("--json", type=Path, help="write the figures to this file as well")
@@ -255,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tools.evaluate: {failure}", file=sys.stderr)
         return 2
     print(
-        f"{figures['model']}, {figures['formats']}, {figures['isa']}: "
+        f"{figures['model']}, {figures['formats']}, KV {figures['kv_dtype']}, "
+        f"{figures['isa']}: "
         f"perplexity {figures['perplexity']:.4f} ± {figures['standard_error']:.4f} "
         f"({figures['num_windows']} windows of {figures['context']}, "
         f"{figures['num_scored_tokens']} tokens scored, "

@@ -1,10 +1,9 @@
-// Sixteen floats in an AVX-512 register. With FULCRUM_EMULATE_AVX512 the intrinsics come from
-// SIMDe, so that a test can run this code on a machine that has none.
+// Sixteen floats in an AVX-512 register. Included only by files compiled for AVX-512, or with
+// FULCRUM_EMULATED_INTRINSICS, which names a header that a test has for other machines.
 #pragma once
 
-#ifdef FULCRUM_EMULATE_AVX512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
+#ifdef FULCRUM_EMULATED_INTRINSICS
+#include FULCRUM_EMULATED_INTRINSICS
 #else
 #include <immintrin.h>
 #endif
@@ -40,6 +39,10 @@ struct Simd {
     const __m512i wide =
         _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static Vector load_int8(const int8_t* p) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
   }
 };
 

@@ -48,6 +48,9 @@ struct Simd {
     std::memcpy(&v, &bits, sizeof v);
     return v;
   }
+  static Vector load_int8(const int8_t* p) {
+    return __builtin_convertvector((IntVector{p[0], p[1], p[2], p[3]}), Vector);
+  }
 };
 
 }  // namespace

@@ -1,11 +1,13 @@
 // AVX-512 intrinsics in plain C++, for machines without the instructions: SIMDe's, and those that
-// its packaged versions lack. Included by cpp/cpu/linear_avx512.cpp in place of immintrin.h.
+// its packaged versions lack. Included by the AVX-512 files of cpp/cpu in place of immintrin.h.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -36,9 +38,48 @@ inline __m512 emulated_cvtph_ps(__m256i values) {
   return _mm512_loadu_ps(out);
 }
 
+inline __m512i emulated_cvtepi8_epi32(__m128i values) {
+  int8_t in[16];
+  int32_t out[16];
+  std::memcpy(in, &values, sizeof(in));
+  for (int i = 0; i < 16; ++i) out[i] = in[i];
+  return _mm512_loadu_si512(out);
+}
+
+inline __m512i emulated_cvtps_epi32(__m512 values) {
+  float in[16];
+  int32_t out[16];
+  _mm512_storeu_ps(in, values);
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<int32_t>(std::nearbyint(in[i]));
+  return _mm512_loadu_si512(out);
+}
+
+inline float emulated_reduce_add_ps(__m512 values) {
+  float in[16];
+  _mm512_storeu_ps(in, values);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) in[i] += in[i + half];
+  }
+  return in[0];
+}
+
+inline float emulated_reduce_max_ps(__m512 values) {
+  float in[16];
+  _mm512_storeu_ps(in, values);
+  return *std::max_element(in, in + 16);
+}
+
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
+#undef _mm512_cvtepi8_epi32
+#undef _mm512_cvtps_epi32
+#undef _mm512_reduce_add_ps
+#undef _mm512_reduce_max_ps
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
 #define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
 #define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)
+#define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
+#define _mm512_cvtps_epi32(a) emulated_cvtps_epi32(a)
+#define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
+#define _mm512_reduce_max_ps(a) emulated_reduce_max_ps(a)

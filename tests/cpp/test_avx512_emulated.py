@@ -16,6 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 CPP = HERE.parent.parent / "cpp"
 FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+KV_DTYPES = {"bf16": 0, "int8": 1}
 GROUP = 32
 TILE = 16
 
@@ -28,6 +29,10 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
         (CPP / "linear.cpp", ["-O1"]),
+        (CPP / "cpu" / "vector_avx512.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "vector_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
+        (CPP / "cpu" / "vector_portable.cpp", ["-O2"]),
+        (CPP / "ops.cpp", ["-O1"]),
         (HERE / "avx512_harness.cpp", ["-O1"]),
     ]
     objects = []
@@ -158,3 +163,44 @@ def test_emulated_avx512_accumulates(library, format):
     x, y = activations(5, 64), activations(5, 21)
     alone = gemm(library, "avx512", weights, x)
     np.testing.assert_array_equal(gemm(library, "avx512", weights, x, y), y + alone)
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 100])
+def test_emulated_avx512_norm_and_gates_equal_portable(library, size):
+    x, up = activations(2, size) * 20
+    out = {}
+    for isa in ("portable", "avx512"):
+        out[isa] = np.zeros((3, size), np.float32)
+        library.rms_norm(isa.encode(), pointer(x), pointer(up), size, pointer(out[isa][0]))
+        for activation in (0, 1):
+            library.gate(
+                isa.encode(), activation, pointer(x), pointer(up), size,
+                pointer(out[isa][1 + activation]),
+            )  # fmt: skip
+    np.testing.assert_allclose(out["avx512"], out["portable"], rtol=1e-5, atol=1e-5)
+
+
+def attend(
+    library: ctypes.CDLL, isa: str, kv_dtype: str, window: int, tile_tokens: int
+) -> np.ndarray:
+    """Attention of 5 tokens, 3 heads of 48 channels, after 85 others."""
+    queries, keys, values = activations(15, 48) * 0.3, activations(90, 48), activations(91, 48)
+    out = np.zeros_like(queries)
+    library.attend(
+        isa.encode(), KV_DTYPES[kv_dtype], 5, 90, 3, 48, window, tile_tokens,
+        *map(pointer, (queries, keys, values, out)),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_emulated_avx512_attention_equals_portable_and_ignores_tiles(library, kv_dtype, window):
+    whole = attend(library, "avx512", kv_dtype, window, 5)
+    np.testing.assert_allclose(
+        whole, attend(library, "portable", kv_dtype, window, 5), rtol=1e-5, atol=1e-5
+    )
+    for tile_tokens in (1, 2):
+        np.testing.assert_array_equal(
+            attend(library, "avx512", kv_dtype, window, tile_tokens), whole
+        )

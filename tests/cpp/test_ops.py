@@ -5,7 +5,7 @@ import fulcrum_core as core
 import numpy as np
 import pytest
 
-ISAS = [isa for isa in ("portable", "avx2", "avx512")]
+ISAS = ("portable", "avx2", "avx512")
 
 
 @pytest.fixture(params=ISAS)
@@ -13,6 +13,11 @@ def isa(request: pytest.FixtureRequest) -> str:
     order = ["portable", "avx2", "avx512"]
     if order.index(request.param) > order.index(core.detect_isa()):
         pytest.skip(f"this machine has no {request.param}")
+    return str(request.param)
+
+
+@pytest.fixture(params=["bf16", "int8"])
+def kv_dtype(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -61,10 +66,20 @@ def to_bf16(x: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
 
 
-def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int) -> np.ndarray:
+def to_int8(x: np.ndarray) -> np.ndarray:
+    """What an int8 cache gives back of keys or values (S, KH, HD): a scale per token and head."""
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    quants = np.rint(x * (np.float32(127) / largest))
+    return quants.astype(np.float64) * (largest / np.float32(127))
+
+
+def reference_attention(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int, kv_dtype: str
+) -> np.ndarray:
     num_queries, num_heads, _ = q.shape
     length, num_kv_heads, _ = k.shape
-    k, v = to_bf16(k).astype(np.float64), to_bf16(v).astype(np.float64)
+    store = to_bf16 if kv_dtype == "bf16" else to_int8
+    k, v = store(k).astype(np.float64), store(v).astype(np.float64)
     out = np.zeros(q.shape)
     for t in range(num_queries):
         position = length - num_queries + t
@@ -97,10 +112,12 @@ def random_attention(
         (37, 37, 4, 2, 32),
         (20, 300, 4, 1, 256),
         (3, 65, 5, 5, 80),
+        (9, 1100, 3, 1, 48),
     ],
 )
 def test_attention_equals_float64(
     isa: str,
+    kv_dtype: str,
     window: int,
     num_queries: int,
     length: int,
@@ -111,26 +128,82 @@ def test_attention_equals_float64(
     q, k, v, table = random_attention(
         length, num_queries, length, num_heads, num_kv_heads, head_dim
     )
-    got = core.attend(isa, q, k, v, table, window, 8)
-    np.testing.assert_allclose(got, reference_attention(q, k, v, window), rtol=1e-4, atol=1e-5)
+    # Tokens and heads of very different sizes tell a scale in the wrong place.
+    sizes = np.random.default_rng(0).uniform(0.1, 1, size=(2, length, num_kv_heads, 1))
+    k, v = (np.stack([k, v]) * sizes).astype(np.float32)
+    got = core.attend(isa, q, k, v, table, window, 8, kv_dtype)
+    expected = reference_attention(q, k, v, window, kv_dtype)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 70])
-def test_attention_of_a_token_does_not_depend_on_its_tile_or_chunk(isa: str, window: int) -> None:
+def test_attention_of_a_token_does_not_depend_on_its_tile_or_chunk(
+    isa: str, kv_dtype: str, window: int
+) -> None:
     q, k, v, table = random_attention(1, 150, 150, 6, 2, 64)
-    whole = core.attend(isa, q, k, v, table, window, 16)
+    whole = core.attend(isa, q, k, v, table, window, 16, kv_dtype)
     for tile_tokens in (1, 3, 7):
-        np.testing.assert_array_equal(core.attend(isa, q, k, v, table, window, tile_tokens), whole)
+        tiled = core.attend(isa, q, k, v, table, window, tile_tokens, kv_dtype)
+        np.testing.assert_array_equal(tiled, whole)
     for position in (0, 15, 16, 63, 64, 149):
         # Alone, with only the tokens before it in the cache: a decode step.
-        alone = core.attend(
-            isa, q[position : position + 1], k[: position + 1], v[: position + 1], table, window, 1
-        )
+        query, seen = q[position : position + 1], slice(position + 1)
+        alone = core.attend(isa, query, k[seen], v[seen], table, window, 1, kv_dtype)
         np.testing.assert_array_equal(alone[0], whole[position])
 
 
-def test_attention_survives_scores_far_apart(isa: str) -> None:
+@pytest.mark.parametrize("window", [0, 70, 600])
+def test_attention_of_segments_apart_is_that_of_the_whole(
+    isa: str, kv_dtype: str, window: int
+) -> None:
+    q, k, v, table = random_attention(1, 40, 1540, 6, 2, 64)
+    whole = core.attend(isa, q, k, v, table, window, 16, kv_dtype)
+    for tile_tokens in (1, 5, 16):
+        apart = core.attend(isa, q, k, v, table, window, tile_tokens, kv_dtype, True)
+        np.testing.assert_array_equal(apart, whole)
+
+
+def test_attention_survives_scores_far_apart(isa: str, kv_dtype: str) -> None:
     q, k, v, table = random_attention(2, 1, 130, 1, 1, 16)
     k *= 100
-    got = core.attend(isa, q, k, v, table, 0, 1)
-    np.testing.assert_allclose(got, reference_attention(q, k, v, 0), rtol=1e-3, atol=1e-4)
+    got = core.attend(isa, q, k, v, table, 0, 1, kv_dtype)
+    expected = reference_attention(q, k, v, 0, kv_dtype)
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, -3e-39])
+def test_keys_and_values_near_zero_weigh_as_zero(isa: str, kv_dtype: str, value: float) -> None:
+    q, k, v, table = random_attention(3, 4, 40, 2, 1, 32)
+    k[7], v[7] = value, value
+    got = core.attend(isa, q, k, v, table, 0, 4, kv_dtype)
+    k[7], v[7] = 1e-30, 1e-30
+    expected = core.attend(isa, q, k, v, table, 0, 4, kv_dtype)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("channel", [0, 13, 31])
+def test_a_value_that_is_no_number_is_not_hidden(
+    isa: str, kv_dtype: str, value: float, channel: int
+) -> None:
+    q, k, v, table = random_attention(4, 2, 20, 1, 1, 32)
+    v[3, 0, channel] = value
+    got = core.attend(isa, q, k, v, table, 0, 2, kv_dtype)
+    assert not np.isfinite(got[:, :, channel]).any()
+
+
+def test_a_block_of_the_cache_counts_its_scales() -> None:
+    config = core.Config()
+    config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim = 3, 4, 2, 48
+    config.hidden_size, config.intermediate_size, config.vocab_size = 32, 32, 8
+    config.layer_windows, config.layer_rope_index = [0] * 3, [0] * 3
+    config.rope_inv_freq = [[1.0] * 24]
+    model = core.Model(config, 1, "portable")
+    heads = 3 * 2 * 16  # of a block's tokens, in all layers
+    assert model.kv_block_bytes("bf16") == heads * 2 * 48 * 2
+    assert model.kv_block_bytes("int8") == heads * 2 * (48 + 4)
+    for dtype in ("int8", "bf16"):
+        model.allocate_kv(2, dtype)
+        assert (model.kv_dtype, model.kv_bytes_per_block) == (dtype, model.kv_block_bytes(dtype))
+    with pytest.raises(ValueError, match="choose bf16 or int8"):
+        model.allocate_kv(2, "fp8")

@@ -18,7 +18,7 @@ from engine.loader import LoadedModel, load_model
 from engine.loop import Engine, EngineSettings
 from engine.types import SamplingParams, StepReport, Submit, TokenEvent, TokenLogprobs
 
-MAX_MODEL_LEN = 512
+MAX_MODEL_LEN = 1024
 NUM_NEIGHBOURS = 32
 SUBJECT = 1000  # its id; neighbours count from 0
 
@@ -249,11 +249,11 @@ def test_the_same_when_preempted(
     # Different beginnings, or they would share their blocks.
     for seq_id in range(5):
         ids = _encode(model, f"{seq_id}. {STORY}")
-        run.submit(seq_id, ids, msgspec.structs.replace(params, max_tokens=64))
+        run.submit(seq_id, ids, msgspec.structs.replace(params, max_tokens=150))
     run.submit(SUBJECT, prompt_ids, params)
     assert run.result(SUBJECT) == alone
     for seq_id in range(5):
-        assert len(run.result(seq_id).token_ids) == 64
+        assert len(run.result(seq_id).token_ids) == 150
     assert run.num_preemptions > 0
     run.stop()
 
@@ -274,6 +274,22 @@ def test_the_same_after_neighbours_were_aborted(
         assert run.result(index).finish_reason in (
             ("abort", "length") if index % 2 == 0 else ("length",)
         )
+
+
+def test_a_long_text_is_the_same_alone_and_among_others(model: LoadedModel) -> None:
+    """Alone, threads share the segments of its attention; in company, whole sequences."""
+    long_prompt_ids = _encode(model, STORY * 9)
+    assert len(long_prompt_ids) > 600
+    results = []
+    for num_neighbours in (0, NUM_NEIGHBOURS):
+        run = RunningEngine(model)
+        submit_neighbours(run, model, range(num_neighbours))
+        run.submit(SUBJECT, long_prompt_ids, GREEDY)
+        results.append(run.result(SUBJECT))
+        for index in range(num_neighbours):
+            run.result(index)
+        run.stop()
+    assert results[0] == results[1]
 
 
 def test_the_same_with_one_thread(

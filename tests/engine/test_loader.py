@@ -194,19 +194,41 @@ def test_the_fingerprint_tells_weights_and_settings_apart(folder: Path, broken: 
 
 def test_kv_memory_is_what_the_user_gives(folder: Path) -> None:
     loaded = _load(folder)
-    block_bytes, block_size = loaded.core.kv_bytes_per_block, loaded.core.block_size
+    block_bytes, block_size = loaded.core.kv_block_bytes("bf16"), loaded.core.block_size
     small = _load(folder, kv_memory_bytes=3 * block_bytes + 1)
     assert small.num_kv_blocks == 3
     assert small.max_model_len == 3 * block_size
     assert small.max_model_len_reason == "what the KV cache holds"
     needed = -(-100 // block_size) * block_bytes
     with pytest.raises(ConfigError, match=f"sequence of 100 needs --kv-memory {needed} "):
-        _load(folder, kv_memory_bytes=needed - 1, max_model_len=100)
+        _load(folder, kv_memory_bytes=needed - 1, max_model_len=100, kv_dtype="bf16")
     assert _load(folder, kv_memory_bytes=needed, max_model_len=100).max_model_len == 100
     with pytest.raises(ConfigError, match="needs --kv-memory"):
         _load(folder, kv_memory_bytes=1)
     with pytest.raises(ConfigError, match="are available"):
         _load(folder, kv_memory_bytes=1 << 60)
+
+
+def test_the_kv_dtype_is_bf16_unless_asked_or_the_given_memory_is_too_small(folder: Path) -> None:
+    loaded = _load(folder)
+    assert (loaded.kv_dtype, loaded.kv_dtype_reason) == ("bf16", "lossless by default")
+    asked = _load(folder, kv_dtype="int8")
+    assert (asked.kv_dtype, asked.kv_dtype_reason) == ("int8", "--kv-dtype")
+    assert asked.core.kv_dtype == "int8"
+    assert asked.fingerprint != loaded.fingerprint
+    full_blocks = 512 // loaded.core.block_size
+    bf16_bytes, int8_bytes = (full_blocks * loaded.core.kv_block_bytes(d) for d in ("bf16", "int8"))
+    for memory_bytes, dtype in (
+        (bf16_bytes, "bf16"),
+        (bf16_bytes - 1, "int8"),
+        (int8_bytes, "int8"),
+        (int8_bytes - 1, "bf16"),  # neither holds it: precision first
+    ):
+        assert _load(folder, kv_memory_bytes=memory_bytes).kv_dtype == dtype
+    kept = _load(folder, kv_memory_bytes=bf16_bytes - 1, kv_dtype="bf16")
+    assert (kept.kv_dtype, kept.num_kv_blocks) == ("bf16", full_blocks - 1)
+    with pytest.raises(ConfigError, match="--kv-dtype fp8: choose auto, bf16 or int8"):
+        _load(folder, kv_dtype="fp8")
 
 
 def test_settings_that_cannot_work_are_refused(folder: Path) -> None:

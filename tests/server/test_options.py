@@ -30,6 +30,7 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "api-key-file": str(key_file),
         "device": "cpu",
         "quantization": "int8",
+        "kv-dtype": "int8",
         "kv-memory": "2GiB",
         "max-model-len": "100",
         "max-sequences": "3",

@@ -79,6 +79,7 @@ def measure(
             tokenizer=Letters(adds_bos),
             name="bigrams",
             formats="float",
+            kv_dtype="bf16",
             isa="none",
             num_threads=1,
         )
