@@ -17,6 +17,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "memory.h"
+#include "quantize.h"
 #include "thread_pool.h"
 
 namespace fulcrum {
@@ -160,17 +161,10 @@ class MemoryBench {
   Buffer memory_;
 };
 
-Format format_of(const std::string& name) {
-  if (name == "bf16") return Format::kBf16;
-  if (name == "int8") return Format::kInt8;
-  if (name == "int4") return Format::kInt4;
-  throw py::value_error("unknown format " + name + ": choose bf16, int8 or int4");
-}
-
 int64_t packed_bytes(const std::string& isa, const std::string& format, int num_rows,
                      int num_cols) {
   require(num_rows > 0 && num_cols > 0, "num_rows and num_cols must be positive");
-  return linear_kernels(checked_isa(isa))->packed_bytes(format_of(format), num_rows, num_cols);
+  return linear_kernels(checked_isa(isa))->packed_bytes(parse_format(format), num_rows, num_cols);
 }
 
 // Numbers without any order, the same in every run.
@@ -195,7 +189,7 @@ class LinearBench {
         max_tokens_(max_tokens) {
     packed_bytes_ = fulcrum::packed_bytes(isa, format, num_rows, num_cols);
     require(num_matrices > 0 && max_tokens > 0, "num_matrices and max_tokens must be positive");
-    matrix_ = {format_of(format), num_rows, num_cols, nullptr};
+    matrix_ = {parse_format(format), num_rows, num_cols, nullptr};
     stride_ = round_up(packed_bytes_, kPageBytes);
     memory_ = Buffer(stride_ * num_matrices);
     y_ = Buffer(sizeof(float) * num_rows * max_tokens);

@@ -25,13 +25,6 @@ BlockType block_type_of(const std::string& name) {
   return type;
 }
 
-Format format_of(const std::string& name) {
-  if (name == "bf16") return Format::kBf16;
-  if (name == "int8") return Format::kInt8;
-  if (name == "int4") return Format::kInt4;
-  throw py::value_error("unknown format " + name + ": choose bf16, int8 or int4");
-}
-
 const LinearKernels* kernels_of(const std::string& isa) {
   const LinearKernels* kernels = linear_kernels(isa.c_str());
   if (kernels == nullptr || !isa_supported(isa.c_str())) {
@@ -68,7 +61,7 @@ class Linear {
   Linear(const std::string& isa, const std::string& format, const std::string& block_type,
          const ByteArray& data, int num_rows, int num_cols)
       : kernels_(kernels_of(isa)) {
-    const Format f = format_of(format);
+    const Format f = parse_format(format);
     const BlockType type = block_type_of(block_type);
     if (num_rows < 1 || num_cols < 1 || num_cols % block_values(type) != 0) {
       throw py::value_error("num_rows and num_cols must be positive, num_cols in whole blocks");

@@ -2,6 +2,7 @@
 // reference, operation by operation, so that results are equal bit for bit. Called at load.
 #include <cstring>
 #include <iterator>
+#include <stdexcept>
 
 #include "formats/float16.h"
 #include "quantize.h"
@@ -148,6 +149,13 @@ void decode_blocks(BlockType type, const uint8_t* data, int64_t num_values, floa
 }
 
 }  // namespace
+
+Format parse_format(const std::string& name) {
+  if (name == "bf16") return Format::kBf16;
+  if (name == "int8") return Format::kInt8;
+  if (name == "int4") return Format::kInt4;
+  throw std::invalid_argument("unknown format " + name + ": choose bf16, int8 or int4");
+}
 
 bool parse_block_type(const char* name, BlockType* type) {
   for (size_t i = 0; i < std::size(kBlocks); ++i) {

@@ -174,6 +174,7 @@ class Model {
   void sample(const Step& step, int thread);
   void sample_one(int row, float* logits, int thread);
 
+  // Calls op(unit) for every unit, the units shared among the threads.
   template <typename Op>
   void for_units(int thread, int num_units, Op op);
   bool replicates(const Step& step) const { return step.num_tokens <= kReplicatedRows; }
@@ -188,7 +189,6 @@ class Model {
   Config config_;
   const LinearKernels* linear_;
   const VectorKernels* vector_;
-  ThreadPool pool_;
   Weights weights_;
   KvCache kv_;
   VectorKernels::Attend attend_ = nullptr;  // of the cache's dtype, as the next
@@ -200,6 +200,15 @@ class Model {
   std::vector<Tile> tiles_;
   std::vector<AttentionPart> parts_;  // empty where the tiles are shared whole
   Buffer attention_states_;           // a state of kMaxPartRows a part
+  // Last, so that its threads have ended before anything that they read goes.
+  ThreadPool pool_;
 };
+
+template <typename Op>
+void Model::for_units(int thread, int num_units, Op op) {
+  pool_.share(thread, num_units, [&](int begin, int end) {
+    for (int unit = begin; unit < end; ++unit) op(unit);
+  });
+}
 
 }  // namespace fulcrum

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "linear.h"
 
@@ -23,6 +24,9 @@ enum class BlockType : uint8_t {
   kQ5_K,
   kQ6_K
 };
+
+// The format of a name: "bf16", "int8" or "int4". Throws std::invalid_argument for another.
+Format parse_format(const std::string& name);
 
 // Returns false for an unknown name. Names are GGUF's ("Q4_K", "F16", …).
 bool parse_block_type(const char* name, BlockType* type);

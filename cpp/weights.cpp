@@ -15,7 +15,8 @@ namespace {
 }
 
 std::string shape(int64_t rows, int64_t cols) {
-  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+  std::string text = "(";
+  return text.append(std::to_string(rows)).append(", ").append(std::to_string(cols)).append(")");
 }
 
 struct VectorSlot {
@@ -62,13 +63,6 @@ std::pair<int64_t, int64_t> matrix_shape(const Config& c, const std::string& slo
   if (slot == "gate" || slot == "up") return {c.intermediate_size, c.hidden_size};
   if (slot == "down") return {c.hidden_size, c.intermediate_size};
   return {c.vocab_size, c.hidden_size};
-}
-
-Format parse_format(const std::string& name) {
-  if (name == "bf16") return Format::kBf16;
-  if (name == "int8") return Format::kInt8;
-  if (name == "int4") return Format::kInt4;
-  throw std::invalid_argument("unknown weight format " + name);
 }
 
 // llama.cpp's converter stores q and k of the llama architecture with the two rotated halves of
