@@ -62,28 +62,31 @@ void lay_out(const Config& c, int64_t T, int num_threads, Carver* memory, RunSta
 
 void Model::bind(const Batch& batch, const Limits& limits) {
   pool_.wait_until_idle();
-  batch_ = batch;
-  const bool grows = limits.max_tokens != limits_.max_tokens;
-  limits_ = limits;
   const int num_segments = attention_segments(0, limits.max_blocks_per_seq * kBlockSize, 0).end;
   const int64_t num_parts = int64_t{kMaxPartedUnits} * num_threads() * num_segments;
   const int64_t bytes =
       num_parts * attention_state_floats(kMaxPartRows, config_.head_dim) * sizeof(float);
   if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
   parts_.reserve(num_parts);
-  if (!grows) return;
+  tiles_.reserve(limits.max_tokens);
+  if (limits.max_tokens != limits_.max_tokens) state_ = make_state(limits.max_tokens);
+  // Last: where memory ran out, the former buffers stay bound.
+  batch_ = batch;
+  limits_ = limits;
+}
+
+RunState Model::make_state(int max_tokens) const {
   RunState s;
   Carver sizes;
-  lay_out(config_, limits.max_tokens, num_threads(), &sizes, &s);
+  lay_out(config_, max_tokens, num_threads(), &sizes, &s);
   s.memory = Buffer(sizes.bytes);
   Carver places{s.memory.data()};
-  lay_out(config_, limits.max_tokens, num_threads(), &places, &s);
+  lay_out(config_, max_tokens, num_threads(), &places, &s);
   for (int thread = 0; thread < num_threads(); ++thread) {
     s.attention_scratch.emplace_back(attention_scratch_floats(config_.head_dim) * sizeof(float));
     s.sampler_scratch.emplace_back(config_.vocab_size);
   }
-  state_ = std::move(s);
-  tiles_.reserve(limits.max_tokens);
+  return s;
 }
 
 void Model::check(const Step& step) const {
@@ -105,8 +108,11 @@ void Model::check(const Step& step) const {
   for (int s = 0; s < step.num_sequences; ++s) {
     const int num_queries = b.query_start[s + 1] - b.query_start[s];
     require(num_queries > 0 && b.seq_lens[s] >= num_queries, "query_start or seq_lens");
-    require(b.positions[b.query_start[s]] == b.seq_lens[s] - num_queries, "positions or seq_lens");
-    const int num_blocks = (b.seq_lens[s] + kBlockSize - 1) / kBlockSize;
+    for (int t = b.query_start[s]; t < b.query_start[s + 1]; ++t) {
+      require(b.positions[t] == b.seq_lens[s] - (b.query_start[s + 1] - t),
+              "positions or seq_lens");
+    }
+    const int64_t num_blocks = (int64_t{b.seq_lens[s]} + kBlockSize - 1) / kBlockSize;
     require(num_blocks <= limits_.max_blocks_per_seq, "sequence longer than its block table");
     const int32_t* table = b.block_table + int64_t{s} * limits_.max_blocks_per_seq;
     for (int i = 0; i < num_blocks; ++i) {

@@ -159,6 +159,7 @@ class Model {
     int tile, kv_head, segment;
   };
 
+  RunState make_state(int max_tokens) const;
   void check(const Step& step) const;
   void plan_tiles(Step* step);
   void plan_parts(Step* step);

@@ -39,12 +39,19 @@ ThreadPool::ThreadPool(int num_threads, std::function<void(int, const Arguments&
     : num_threads_(std::max(1, num_threads)),
       job_(std::move(job)),
       places_(new Place[num_threads_]) {
-  for (int thread = 1; thread < num_threads_; ++thread) {
-    threads_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < num_threads_; ++thread) {
+      threads_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (...) {  // the system gives no more threads
+    stop();
+    throw;
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   is_stopping_.store(true);
   generation_.fetch_add(2);
   generation_.notify_all();

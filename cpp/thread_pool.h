@@ -65,6 +65,7 @@ class ThreadPool {
   uint32_t open_phase() const {
     return static_cast<uint32_t>(queue_.load(std::memory_order_acquire) >> 32);
   }
+  void stop();
   void work(int thread);
   void wait_for_job(uint32_t seen);
   uint32_t read_job(uint32_t* first_phase, Arguments* arguments) const;

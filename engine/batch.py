@@ -240,6 +240,8 @@ class Batch:
             num_logprobs = np.where(self._row_samples, num_logprobs, num_prompt_logprobs)
         buffers["num_logprobs"][:num_rows] = num_logprobs
         penalised = lanes.is_penalised[row_lanes]
+        if self._row_samples is not None:
+            penalised = penalised * self._row_samples  # the prompt's rows sample nothing
         start = penalised * (row_lanes * self._max_model_len)
         output_start = start + penalised * lanes.num_prompt_tokens[row_lanes]
         buffers["history_start"][:num_rows] = start

@@ -36,6 +36,7 @@ from engine.tokenizer.protocol import Tokenizer
 
 _ISAS = ("portable", "avx2", "avx512")  # each includes the ones before it
 _SAMPLED_BYTES = 1 << 16  # at either end of a file, for the fingerprint
+_SAMPLED_TENSOR_BYTES = 1 << 12  # at the beginning of each tensor, likewise
 
 
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -236,12 +237,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(spec: ModelSpec, plan: WeightPlan, isa: str, kv_dtype: KvDtype) -> str:
-    """Identify weights and settings: sizes, tensor tables and both ends of each file, no more."""
+    """Identify weights and settings: sizes, tensor tables, and parts of each tensor and file."""
     digest = hashlib.sha256(msgspec.json.encode((spec, isa, kv_dtype)))
     for item in plan.tensors:
         tensor = item.tensor
         entry = (tensor.name, tensor.shape, tensor.block_type, item.format)
         digest.update(msgspec.json.encode(entry))
+        digest.update(tensor.data[:_SAMPLED_TENSOR_BYTES].tobytes())
     for path in sorted({item.tensor.path for item in plan.tensors}):
         with path.open("rb") as file:
             digest.update(file.read(_SAMPLED_BYTES))

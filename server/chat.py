@@ -10,7 +10,7 @@ from aiohttp import web
 from engine.tokenizer.errors import ChatTemplateError
 from engine.types import SamplingParams, TokenLogprobs
 from server import protocol, unsupported
-from server.errors import invalid
+from server.errors import check_ids, invalid
 from server.generation import Generation
 from server.http import CLIENT, MODEL, USAGE, check_model, json_response, read_body
 from server.protocol import ChatCompletionRequest, Message
@@ -85,6 +85,7 @@ async def encode_messages(
         raise invalid("messages", f"The model's chat template refused: {error}") from None
     if not ids:
         raise invalid("messages", "The messages have no tokens.")
+    check_ids("messages", ids, model.vocab_size)
     return ids
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from engine.types import SamplingParams
 from server import protocol, unsupported
 from server.echo import Echo, completion_logprobs
-from server.errors import invalid
+from server.errors import check_ids, invalid
 from server.generation import Generation
 from server.http import CLIENT, MODEL, USAGE, check_model, json_response, read_body
 from server.protocol import CompletionRequest
@@ -48,10 +48,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
         for prompt in prompts:
             params = _params(body, model, len(prompt))
             choices.append([for_choice(params, i, seeded=seeded) for i in range(num_per_prompt)])
-        echoes = [
-            Echo(model.tokenizer, given, ids) if body.echo else None
-            for given, ids in zip(texts_or_ids, prompts, strict=True)
-        ]
+        echoes = await run_sized(
+            len(raw),
+            lambda: [
+                Echo(model.tokenizer, given, ids) if body.echo else None
+                for given, ids in zip(texts_or_ids, prompts, strict=True)
+            ],
+        )
         generation.submit(prompts, choices, stops=stops, hide_output=body.max_tokens == 0)
         answer = CompletionAnswer(body, model, generation, echoes)
         if body.stream:
@@ -92,8 +95,7 @@ def split_prompts(prompt: Prompt, model: ServedModel) -> list[str | list[int]]:
     for token_ids in id_lists:
         if not token_ids:
             raise invalid("prompt", "'prompt' must not hold an empty list.")
-        if min(token_ids) < 0 or max(token_ids) >= model.vocab_size:
-            raise invalid("prompt", f"'prompt' holds an id that is not below {model.vocab_size}.")
+        check_ids("prompt", token_ids, model.vocab_size)
     return list(id_lists)
 
 
@@ -107,6 +109,8 @@ def encode_prompts(model: ServedModel, texts_or_ids: list[str | list[int]]) -> l
     ]
     if not all(prompts):
         raise invalid("prompt", "'prompt' has no tokens.")
+    for ids in prompts:
+        check_ids("prompt", ids, model.vocab_size)
     return prompts
 
 

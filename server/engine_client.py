@@ -126,7 +126,8 @@ class EngineClient:
             raise ApiError(503, "The engine has stopped.", code="engine_stopped")
         decision = admit(self._num_open, num_sequences, self._mean_duration_s, self.limits)
         if isinstance(decision, Reject):
-            self._metrics.rejected.inc(num_sequences)
+            if decision.status == 429:
+                self._metrics.rejected.inc(num_sequences)
             raise _refusal(decision, num_sequences, self.limits)
         self._num_open += num_sequences
         generation = Generation(self, num_sequences)

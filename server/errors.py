@@ -53,6 +53,12 @@ class ApiError(Exception):
         return b"data: " + self.body() + b"\n\n"
 
 
+def check_ids(param: str, token_ids: list[int], vocab_size: int) -> None:
+    """Raise a 400 for an id that the model has no embedding for; the list is not empty."""
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise invalid(param, f"'{param}' holds an id that is not below {vocab_size}.")
+
+
 def invalid(param: str | None, message: str, *, code: str | None = None) -> ApiError:
     """A 400 that names the field at fault."""
     return ApiError(400, message, param=param, code=code)

@@ -39,7 +39,10 @@ async def read_body(request: web.Request) -> bytes:
     # A page in a browser may send any other type across origins without asking first.
     if request.content_type != "application/json":
         raise ApiError(415, "The body must be JSON: send 'Content-Type: application/json'.")
-    return await request.read()
+    try:
+        return await request.read()
+    except web.RequestPayloadError:
+        raise ApiError(400, "The body could not be decoded as its headers say.") from None
 
 
 def too_large(limit: int) -> ApiError:

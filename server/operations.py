@@ -53,8 +53,10 @@ async def detokenize(request: web.Request) -> web.Response:
     check_model(model, body.model)
 
     def decode() -> str:
-        if any(not 0 <= token_id < model.vocab_size for token_id in body.tokens):
-            raise invalid("tokens", f"'tokens' holds an id that is not below {model.vocab_size}.")
+        if any(not 0 <= token_id < model.tokenizer.vocab_size for token_id in body.tokens):
+            raise invalid(
+                "tokens", f"'tokens' holds an id that is not below {model.tokenizer.vocab_size}."
+            )
         return model.tokenizer.decode(body.tokens, skip_special=False)
 
     return json_response({"prompt": await run_sized(len(body.tokens), decode)})

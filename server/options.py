@@ -22,6 +22,10 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?b|b|)", re.IGNORECASE)
 _EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
+_KEY_OPTIONS = ("--api-key", "--api-key-file")
+_KEY_VARIABLES = ("FULCRUM_API_KEY", "FULCRUM_API_KEY_FILE")
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True):
     engine: EngineConfig
     settings: Settings
@@ -35,9 +39,13 @@ def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     """Options from both places; exits with code 2 and one line if one cannot work."""
     parser = _build_parser()
     from_environ = []
+    has_key_option = any(argument.split("=")[0] in _KEY_OPTIONS for argument in argv)
     for action in parser._actions:
         variable = environment_variable(action.option_strings[-1])
-        if action.nargs != 0 and environ.get(variable):
+        # An empty variable counts as unset, but an empty key must not come to mean no key.
+        is_key = variable in _KEY_VARIABLES
+        is_given = variable in environ if is_key else bool(environ.get(variable))
+        if action.nargs != 0 and is_given and not (is_key and has_key_option):
             from_environ.append(f"{action.option_strings[-1]}={environ[variable]}")
     args = parser.parse_args([*from_environ, *argv])
     try:

@@ -1,6 +1,7 @@
 """Runs an app on bound sockets until a signal, then drains it; called by `__main__`."""
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -17,6 +18,8 @@ from server.http import CLIENT, SETTINGS
 logger = logging.getLogger("fulcrum")
 
 _BACKLOG = 1024
+# A name may have an address of a family that this machine does not use.
+_UNUSABLE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _FLUSH_S = 2.0  # for answers that are complete but not yet read, at the end
 
 
@@ -24,18 +27,25 @@ def bind(host: str, port: int) -> list[socket.socket]:
     """Bind every address of `host`, so that a port in use shows before a model is loaded."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: cannot be resolved ({error.strerror})") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no valid name"
+        raise ConfigError(f"--host {host}: cannot be resolved ({reason})") from None
     sockets: list[socket.socket] = []
+    unusable = OSError()
     for family, kind, protocol, _, address in dict.fromkeys(infos):
         if sockets and port == 0:
             break  # a second address would get another free port
         try:
             sockets.append(_bind(family, kind, protocol, address))
         except OSError as error:
+            if error.errno in _UNUSABLE:
+                unusable = error
+                continue
             for bound in sockets:
                 bound.close()
             raise ConfigError(f"--host {host} --port {port}: {error.strerror}") from None
+    if not sockets:
+        raise ConfigError(f"--host {host} --port {port}: {unusable.strerror}")
     return sockets
 
 

@@ -36,8 +36,5 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     chat_template: ChatEncoder | None
     max_model_len: int
     fingerprint: str  # identifies weights and settings; `system_fingerprint` in answers
+    vocab_size: int  # ids below it can be computed; a tokenizer may know more
     defaults: GenerationDefaults = GenerationDefaults()
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size

@@ -47,6 +47,11 @@ class EventWriter:
         await self.response.write(data)
         self.blocked_since_s = None
 
+    async def finish(self) -> None:
+        self.blocked_since_s = time.monotonic()
+        await self.response.write_eof()
+        self.blocked_since_s = None
+
     def cut(self) -> None:
         """Close the connection at once; aiohttp then cancels the handler."""
         if self._request.transport is not None:
@@ -79,7 +84,7 @@ async def stream_events(
     open_writers.add(writer)
     try:
         await _send_deltas(writer, generation, framer, deltas)
-        await writer.response.write_eof()
+        await writer.finish()
     except ConnectionError:
         logger.debug("the client went away while being written to")
     finally:

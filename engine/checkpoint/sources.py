@@ -32,8 +32,12 @@ def resolve(model: str, progress: Progress | None = None) -> ResolvedModel:
     Progress goes to standard error unless given. Raises ConfigError.
     """
     progress = progress or stderr_progress()
-    path = Path(model).expanduser()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"--model {model}: {error}") from error
+    if is_local:
         return _local(model, path)
     try:
         if model in PACKAGED_MODELS:

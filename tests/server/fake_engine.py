@@ -298,6 +298,7 @@ def toy_model(**changes: Any) -> ServedModel:
         "chat_template": ToyTemplate(),
         "max_model_len": 4096,
         "fingerprint": "fp_toy",
+        "vocab_size": ToyTokenizer().vocab_size,
         "defaults": GenerationDefaults(),
     }
     return ServedModel(**(fields | changes))

@@ -276,3 +276,13 @@ def test_a_half_character_token_has_its_bytes_as_name() -> None:
             assert logprobs["top_logprobs"] is None
 
     run(main())
+
+
+def test_ids_that_the_model_has_no_embedding_for_are_refused_as_text_too() -> None:
+    async def main() -> None:
+        async with serve(model=toy_model(vocab_size=ord("z"))) as served:
+            for prompt in ("zz", [ord("z")], [[ord("a")], [ord("z")]]):
+                status, answer = await served.post(PATH, TEXT_REQUEST | {"prompt": prompt})
+                assert (status, answer["error"]["param"]) == (400, "prompt"), answer
+
+    run(main())

@@ -102,6 +102,25 @@ def test_logprobs_rank_the_greedy_token_first(server: ServerProcess) -> None:
     assert spelled.decode() == answer.choices[0].message.content
 
 
+def test_echo_with_logprobs_and_penalties_scores_the_prompt(server: ServerProcess) -> None:
+    prompt = "The capital of France is"
+    answer = server.client().completions.create(
+        model=MODEL,
+        prompt=prompt,
+        echo=True,
+        logprobs=1,
+        max_tokens=4,
+        temperature=0,
+        frequency_penalty=0.5,
+        extra_body={"repetition_penalty": 1.1},
+    )
+    choice = answer.choices[0]
+    assert choice.text.startswith(prompt)
+    assert choice.logprobs.token_logprobs[0] is None
+    assert all(logprob < 0 for logprob in choice.logprobs.token_logprobs[1:])
+    assert len(choice.logprobs.tokens) == answer.usage.total_tokens
+
+
 def test_seed_makes_sampling_repeatable_and_choices_differ(server: ServerProcess) -> None:
     def sample(seed: int) -> list[str]:
         answer = server.client().completions.create(

@@ -131,3 +131,21 @@ def test_a_port_in_use_and_an_unknown_host_are_config_errors() -> None:
             bind("127.0.0.1", port)
     with pytest.raises(ConfigError, match="--host"):
         bind("no such host", 0)
+
+
+def test_a_key_on_the_command_line_wins_over_one_in_the_environment(tmp_path: Path) -> None:
+    key_file = tmp_path / "key"
+    key_file.write_text("from-file")
+    argv = ["--api-key-file", str(key_file)]
+    assert parse_options(argv, {"FULCRUM_API_KEY": "k"}).settings.api_key == "from-file"
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_server() -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        parse_options([], {"FULCRUM_API_KEY": ""})
+    assert exit_info.value.code == 2
+
+
+def test_a_host_that_is_no_name_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="cannot be resolved"):
+        bind("foo..bar", 0)

@@ -278,3 +278,16 @@ def test_a_refused_request_gives_its_places_back() -> None:
             assert (await served.post(TEXT, BASE[TEXT]))[0] == 200
 
     run(main())
+
+
+def test_a_body_that_is_not_compressed_as_it_says_is_a_400() -> None:
+    async def main() -> None:
+        async with serve() as served:
+            headers = JSON | {"Content-Encoding": "gzip"}
+            async with served.http.post(
+                served.url + TEXT, data=b"not gzip", headers=headers
+            ) as response:
+                assert response.status == 400
+                assert "decoded" in (await response.json())["error"]["message"]
+
+    run(main())
