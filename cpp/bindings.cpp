@@ -13,6 +13,7 @@ namespace py = pybind11;
 
 void bind_bench(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_ngram(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_sampler(py::module_& m);
 void bind_tokenizer(py::module_& m);
@@ -248,6 +249,7 @@ PYBIND11_MODULE(fulcrum_core, m) {
   fulcrum::bind_model(m);
   bind_bench(m);
   bind_linear(m);
+  bind_ngram(m);
   bind_ops(m);
   bind_sampler(m);
   bind_tokenizer(m);
