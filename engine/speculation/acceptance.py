@@ -13,7 +13,7 @@ from engine.speculation.drafter import Draft, Drafter
 
 FloatArray = NDArray[np.float64]
 
-PRIOR_TRIALS = 12.0  # trials that a prior is worth
+PRIOR_TRIALS = 12.0  # that a prior counts as at first; it is forgotten like them
 MEMORY_TRIALS = 120.0  # trials after which an old one counts 1 / e
 SEQUENCE_MEMORY_TRIALS = 24.0
 SEQUENCE_PRIOR_TRIALS = 6.0
@@ -51,17 +51,16 @@ class Acceptance:
     def __init__(self, drafter: Drafter) -> None:
         self.name = drafter.name
         self.max_drafts = drafter.max_drafts
-        self._priors = list(drafter.priors)
-        self._accepted = [0.0] * len(self._priors)
-        self._trials = [0.0] * len(self._priors)
+        self._accepted = [PRIOR_TRIALS * prior for prior in drafter.priors]
+        self._trials = [PRIOR_TRIALS] * len(self._accepted)
         # One entry more than buckets: what pads the rows of shorter drafts is never accepted.
-        self._pad = len(self._priors)
-        self._probs = np.array([*self._priors, 0.0])
+        self._pad = len(self._accepted)
+        self._probs = np.array([*drafter.priors, 0.0])
         self._sequences: dict[int, _SequenceRecord] = {}
         # By position, for those who want to see it, and for planning before there is a draft.
-        self._position_priors = list(drafter.position_priors[: drafter.max_drafts])
-        self._position_accepted = [0.0] * drafter.max_drafts
-        self._position_trials = [0.0] * drafter.max_drafts
+        priors = drafter.position_priors[: drafter.max_drafts]
+        self._position_accepted = [PRIOR_TRIALS * prior for prior in priors]
+        self._position_trials = [PRIOR_TRIALS] * len(priors)
 
     def observe(self, seq_id: int, draft: Draft, num_matched: int, num_known: int) -> None:
         """Take in that the first `num_matched` of the draft's tokens were what the target emitted.
@@ -80,9 +79,7 @@ class Acceptance:
         record.observe(accepted, self._probs[bucket])
         self._accepted[bucket] = self._accepted[bucket] * _KEEP + accepted
         self._trials[bucket] = self._trials[bucket] * _KEEP + 1.0
-        self._probs[bucket] = (self._accepted[bucket] + PRIOR_TRIALS * self._priors[bucket]) / (
-            self._trials[bucket] + PRIOR_TRIALS
-        )
+        self._probs[bucket] = self._accepted[bucket] / self._trials[bucket]
         self._position_accepted[position] = self._position_accepted[position] * _KEEP + accepted
         self._position_trials[position] = self._position_trials[position] * _KEEP + 1.0
 
@@ -120,10 +117,8 @@ class Acceptance:
     def by_position(self) -> list[float]:
         """Conditional acceptance by position, over all buckets."""
         return [
-            (accepted + PRIOR_TRIALS * prior) / (trials + PRIOR_TRIALS)
-            for accepted, trials, prior in zip(
-                self._position_accepted, self._position_trials, self._position_priors, strict=True
-            )
+            accepted / trials
+            for accepted, trials in zip(self._position_accepted, self._position_trials, strict=True)
         ]
 
     def keep_only(self, seq_ids: set[int]) -> None:

@@ -17,6 +17,7 @@ from engine.speculation.drafter import Drafter
 from engine.speculation.plan import net_values
 
 PROBE_SEQUENCES = 2
+VERIFY_EVERY = 4  # probes
 
 
 @dataclass(slots=True)
@@ -26,7 +27,7 @@ class Ask:
     name: str
     indices: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    probed: set[int] = field(default_factory=set)
+    verified: set[int] = field(default_factory=set)
 
 
 class ModelDrafters:
@@ -111,7 +112,11 @@ class ModelDrafters:
     def _probe(
         self, step: StepDrafts, asks: dict[str, Ask], auto: list[int], credit_s: float
     ) -> float:
-        """Have some sequences drafted for at full depth where that is not done anyway."""
+        """Have some sequences drafted for at full depth where that is not done anyway.
+
+        Mostly it is enough to see whether the next token would have been right. Every so often
+        the drafts are verified as well: that shows the later ones, and what such a step takes.
+        """
         idle = [
             name
             for name, planner in self.planners.items()
@@ -122,8 +127,10 @@ class ModelDrafters:
         name = idle[self._num_probes % len(idle)]
         planner = self.planners[name]
         count = min(PROBE_SEQUENCES, len(auto))
+        is_verified = self._num_probes % VERIFY_EVERY == VERIFY_EVERY - 1
         cost_s = float(planner.cost.times_s(count, step.times_s)[-1])
-        cost_s += step.seconds(count * planner.max_drafts) - step.seconds(0)
+        if is_verified:
+            cost_s += step.seconds(count * planner.max_drafts) - step.seconds(0)
         if cost_s > credit_s:
             return 0.0
         first = self._num_probes * PROBE_SEQUENCES
@@ -135,7 +142,8 @@ class ModelDrafters:
                     position = ask.indices.index(index)
                     del ask.indices[position], ask.depths[position]
             _add(asks[name], step, index, planner.max_drafts)
-            asks[name].probed.add(index)
+            if is_verified:
+                asks[name].verified.add(index)
         return cost_s
 
 

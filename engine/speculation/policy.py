@@ -125,7 +125,7 @@ class SpeculationPolicy:
             if not draft.token_ids:
                 continue
             self._pending.setdefault(seq_ids[row], []).append(draft)
-            is_forced = index in ask.probed or step.candidates[index].num_drafts is not None
+            is_forced = index in ask.verified or step.candidates[index].num_drafts is not None
             step.put(index, draft, survivals[row], is_forced)
             if planner is not None and ask.depths[row] == planner.max_drafts:
                 planner.add_profile(draft)
