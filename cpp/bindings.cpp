@@ -13,6 +13,7 @@ namespace py = pybind11;
 void bind_bench(py::module_& m);
 void bind_draft(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_ngram(py::module_& m);
 void bind_ops(py::module_& m);
 void bind_sampler(py::module_& m);
 void bind_tokenizer(py::module_& m);
@@ -148,6 +149,7 @@ PYBIND11_MODULE(fulcrum_core, m) {
   bind_bench(m);
   bind_draft(m);
   bind_linear(m);
+  bind_ngram(m);
   bind_ops(m);
   bind_sampler(m);
   bind_tokenizer(m);

@@ -29,6 +29,25 @@ class Bpe:
     def encode(self, words: list[str]) -> list[int]:
         """Ids of the words, in order. Releases the GIL while merging."""
 
+class NgramIndex:
+    """Prompt lookup over the lanes of a token table; see cpp/ngram.h. One thread drives it."""
+
+    num_bytes: int  # of the index, which follows the texts: about 24 a token
+    def __init__(self, num_lanes: int, max_match: int = 8, min_match: int = 1) -> None: ...
+    def propose(
+        self,
+        tokens: NDArray[np.int32],  # (num_lanes, max_model_len)
+        lanes: NDArray[np.int32],  # (B,)
+        owners: NDArray[np.int64],  # (B,) whose text it is; another one starts the index anew
+        lengths: NDArray[np.int32],  # (B,) tokens of the lane that are the text
+        max_drafts: NDArray[np.int32],  # (B,) at most K
+        draft_ids: NDArray[np.int32],  # out (B, K)
+        num_drafts: NDArray[np.int32],  # out (B,) ids written: max_drafts or 0
+        match_lengths: NDArray[np.int32],  # out (B,) 0: nothing matches
+    ) -> None:
+        """Draft what followed the longest, of these the newest, occurrence of each text's end.
+        Releases the GIL."""
+
 def sample_rows(
     logits: NDArray[np.float32],
     seeds: NDArray[np.uint64],

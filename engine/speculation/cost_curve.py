@@ -1,0 +1,171 @@
+"""How long something takes by its size, learned from noisy times while serving.
+
+The policy keeps one curve for a step by its number of tokens, and one for each drafter and number
+of drafts by the number of sequences. Times never fall as the size grows.
+"""
+
+import math
+import statistics
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+# Sizes that a curve holds a time for. Kernels take rows in tiles of 4, 8 or 16, so that times
+# form plateaus which end at multiples of these; between two sizes a time is interpolated.
+SIZES = (
+    *(*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128, 192, 256),
+    *(384, 512, 1024, 2048, 4096),
+)
+# A time counts as at most this much off, so that no single one moves the curve far: a stall of a
+# second weighs as much as a step that is a quarter slower than expected.
+MAX_SURPRISE = 0.25
+COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
+OWN_RATE = 0.04  # and the measured size besides, once it is well known
+MAX_WEIGHT = 50.0
+REBUILD_EVERY = 8  # times taken in
+GUESSED_SLOPE = 0.05  # per size, where a single size is known
+
+
+class CostCurve:
+    """Seconds by size, 1 … max_size."""
+
+    def __init__(self, max_size: int) -> None:
+        last = bisect_left(SIZES, max_size)
+        self.sizes = (*SIZES[:last], max_size)
+        self._max_size = max_size
+        self._times_s = [0.0] * len(self.sizes)
+        # How many times stand behind each; 0: none, the neighbours decide.
+        self._weights = [0.0] * len(self.sizes)
+        self._common = 1.0  # multiplies all times: the machine's speed of the moment
+        self._curve: FloatArray = np.zeros(max_size + 1)
+        self._num_pending = 0
+
+    @property
+    def is_known(self) -> bool:
+        return any(self._weights)
+
+    def seed(self, size: int, time_s: float) -> None:
+        """Take a careful measurement as the truth about one size."""
+        index = self._nearest(size)
+        self._times_s[index] = time_s / self._common
+        self._weights[index] = 10.0
+        self._rebuild()
+
+    def observe(self, size: int, time_s: float) -> None:
+        """Take in a time that was measured while serving; sizes past the end are ignored."""
+        if size > self._max_size or size < 1 or time_s <= 0.0:
+            return
+        if not self.is_known:
+            self.seed(size, time_s)
+            return
+        expected_s = float(self._curve[size])
+        surprise = min(max(time_s / expected_s - 1.0, -MAX_SURPRISE), MAX_SURPRISE)
+        # Most of a lasting change is the machine's and concerns all sizes, those too that are not
+        # run at the moment: without this, a slower machine would look like a costlier size.
+        self._common *= 1.0 + COMMON_RATE * surprise
+        right = bisect_left(self.sizes, size)
+        if self.sizes[right] == size:
+            self._correct(right, surprise, 1.0)
+        else:
+            low, high = self.sizes[right - 1], self.sizes[right]
+            share = (size - low) / (high - low)
+            self._correct(right - 1, surprise, 1.0 - share)
+            self._correct(right, surprise, share)
+        self._num_pending += 1
+
+    def times_s(self) -> FloatArray:
+        """Return the times by size, index 0 unused; do not write to it."""
+        if self._num_pending >= REBUILD_EVERY:
+            self._rebuild()
+        return self._curve
+
+    def points(self) -> list[tuple[int, float]]:
+        """Return (size, seconds) of the sizes that were measured."""
+        return [
+            (size, float(self._curve[size]))
+            for size, weight in zip(self.sizes, self._weights, strict=True)
+            if weight
+        ]
+
+    def _correct(self, index: int, surprise: float, share: float) -> None:
+        weight = self._weights[index]
+        if weight == 0.0:
+            self._times_s[index] = float(self._curve[self.sizes[index]]) / self._common
+        # A size that is new here learns fast.
+        rate = max(OWN_RATE, 1.0 / (weight + 2.0))
+        self._times_s[index] *= 1.0 + rate * share * surprise
+        self._weights[index] = min(weight + share, MAX_WEIGHT)
+
+    def _nearest(self, size: int) -> int:
+        return min(range(len(self.sizes)), key=lambda index: abs(self.sizes[index] - size))
+
+    def _rebuild(self) -> None:
+        known = [index for index, weight in enumerate(self._weights) if weight]
+        sizes = [self.sizes[index] for index in known]
+        times_s = never_falling(
+            [self._times_s[index] for index in known], [self._weights[index] for index in known]
+        )
+        if len(sizes) == 1:
+            slope = GUESSED_SLOPE * times_s[0]
+            start_s = max(times_s[0] - slope * (sizes[0] - 1), 0.5 * times_s[0])
+        else:
+            slope = (times_s[-1] - times_s[-2]) / (sizes[-1] - sizes[-2])
+            start_s = times_s[0]
+        if sizes[0] > 1:
+            sizes, times_s = [1, *sizes], [start_s, *times_s]
+        if sizes[-1] < self._max_size:
+            times_s = [*times_s, times_s[-1] + slope * (self._max_size - sizes[-1])]
+            sizes = [*sizes, self._max_size]
+        curve = np.interp(np.arange(self._max_size + 1), sizes, times_s)
+        self._curve = curve * self._common
+        self._num_pending = 0
+
+
+def never_falling(values: list[float], weights: list[float]) -> list[float]:
+    """Return the values that never fall and are nearest to `values` in weighted squares.
+
+    Neighbours that are out of order are pooled (Barlow et al., Statistical Inference under Order
+    Restrictions, 1972).
+    """
+    pools: list[tuple[float, float, int]] = []  # mean, weight, values
+    for value, weight in zip(values, weights, strict=True):
+        mean, total, count = value, weight, 1
+        while pools and pools[-1][0] > mean:
+            other_mean, other_total, other_count = pools.pop()
+            mean = (mean * total + other_mean * other_total) / (total + other_total)
+            total += other_total
+            count += other_count
+        pools.append((mean, total, count))
+    return [mean for mean, _, count in pools for _ in range(count)]
+
+
+def calibrate(
+    curve: CostCurve, sizes: Row[int], measure: Callable[[int], None], budget_s: float
+) -> None:
+    """Seed `curve` by running `measure(size)` for each size, in turns, while the time lasts.
+
+    Ascending sizes: where the time runs out in the first round, the rest is extrapolated.
+    """
+    ends_at_s = time.monotonic() + budget_s
+    measure(sizes[0])  # the first run meets cold caches
+    times_s: dict[int, list[float]] = {}
+    while True:
+        for size in sizes:
+            began_s = time.monotonic()
+            # A run that would not end in time is not begun.
+            if times_s and began_s + math.fsum(times_s.get(size, (0.0,))[:1]) > ends_at_s:
+                break
+            measure(size)
+            times_s.setdefault(size, []).append(time.monotonic() - began_s)
+        else:
+            if len(times_s[sizes[0]]) < 9 and time.monotonic() < ends_at_s:
+                continue
+        break
+    for size, measured_s in times_s.items():
+        curve.seed(size, statistics.median(measured_s))
