@@ -73,6 +73,7 @@ struct Weights {
 struct Operand {
   float* normed = nullptr;      // (rows, D)
   int8_t* quantized = nullptr;  // (rows, widest padded K)
+  int16_t* widened = nullptr;   // (rows, widest padded K), where the kernels want it
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
 };
