@@ -258,7 +258,9 @@ class LinearBench {
     scales_.resize(groups);
     sums_.resize(groups);
     for (float& value : values_) value = noise.symmetric();
-    activations_ = {values_.data(), K, quantized_.data(), scales_.data(), sums_.data()};
+    widened_.resize(quantized_.size());
+    activations_ = {values_.data(), K,           quantized_.data(), widened_.data(),
+                    scales_.data(), sums_.data()};
     kernels_->quantize_rows(activations_, K, 0, max_tokens_);
   }
 
@@ -270,6 +272,7 @@ class LinearBench {
   Buffer memory_, y_;
   std::vector<float> values_, scales_, sums_;
   std::vector<int8_t> quantized_;
+  std::vector<int16_t> widened_;
   Activations activations_;
   int64_t next_ = 0;  // the matrix whose turn it is
 };

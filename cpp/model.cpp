@@ -12,15 +12,20 @@ namespace {
 bool needs_integers(const Matrix& w) { return w.packed.format != Format::kBf16; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
-  return {values, ld, operand.quantized, operand.scales, operand.sums};
+  return {values, ld, operand.quantized, operand.widened, operand.scales, operand.sums};
 }
 
 // Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
 // kGroupSize.
 Activations part_of_row(const Activations& x, int K, int t, int first) {
   const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
-  return {x.values + t * x.ld_values + first, x.ld_values, x.quantized + group * kGroupSize,
-          x.scales + group, x.sums + group};
+  int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
+  return {x.values + t * x.ld_values + first,
+          x.ld_values,
+          x.quantized + group * kGroupSize,
+          widened,
+          x.scales + group,
+          x.sums + group};
 }
 
 // Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
@@ -35,13 +40,15 @@ struct Carver {
   }
 };
 
-void lay_out(const Config& c, int64_t T, int num_threads, Carver* memory, RunState* s) {
+void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* memory,
+             RunState* s) {
   const int64_t tables = c.rope_inv_freq.size();
   const int input_size = c.reads_hidden ? 2 * c.hidden_size : c.hidden_size;
   const int widest = std::max({input_size, c.attention_size(), c.intermediate_size});
   const auto take_operand = [&](Operand* operand, int64_t rows) {
     memory->take(&operand->normed, rows * input_size);
     memory->take(&operand->quantized, rows * padded_k(widest));
+    if (widens) memory->take(&operand->widened, rows * padded_k(widest));
     memory->take(&operand->scales, rows * num_groups(widest));
     memory->take(&operand->sums, rows * num_groups(widest));
   };
@@ -79,10 +86,10 @@ void Model::bind(const Batch& batch, const Limits& limits) {
 RunState Model::make_state(int max_tokens) const {
   RunState s;
   Carver sizes;
-  lay_out(config_, max_tokens, num_threads(), &sizes, &s);
+  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &sizes, &s);
   s.memory = Buffer(sizes.bytes);
   Carver places{s.memory.data()};
-  lay_out(config_, max_tokens, num_threads(), &places, &s);
+  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &places, &s);
   for (int thread = 0; thread < num_threads(); ++thread) {
     s.attention_scratch.emplace_back(attention_scratch_floats(config_.head_dim) * sizeof(float));
     s.sampler_scratch.emplace_back(config_.vocab_size);

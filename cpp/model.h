@@ -81,6 +81,7 @@ struct Weights {
 struct Operand {
   float* normed = nullptr;      // (rows, D), or (rows, 2 D) where hidden states are read
   int8_t* quantized = nullptr;  // (rows, widest padded K)
+  int16_t* widened = nullptr;   // (rows, widest padded K), where the kernels want it
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
 };
