@@ -88,31 +88,21 @@ class Acceptance:
         padding = [self._pad] * width
         return np.array([(draft.buckets + padding)[:width] for draft in drafts], np.intp)
 
-    def survivals(
-        self, bucket_rows: NDArray[np.intp], seq_ids: Row[int] | None = None
-    ) -> FloatArray:
-        """Probability that each token and all before it are accepted, same shape as the rows."""
-        probs = self._probs[bucket_rows]
-        if seq_ids is not None:
-            probs = self._with_odds(probs, seq_ids)
-        return np.multiply.accumulate(probs, axis=1)
+    def survivals(self, bucket_rows: NDArray[np.intp], odds: FloatArray) -> FloatArray:
+        """Probability that each token and all before it are accepted, same shape as the rows.
 
-    def typical_survivals(self, seq_ids: Row[int] | None = None) -> FloatArray:
-        """Survival by position before there is a draft: (max_drafts,), or a row for each id."""
-        probs = np.array(self.by_position())
-        if seq_ids is not None:
-            probs = self._with_odds(probs[None, :], seq_ids)
-        return np.multiply.accumulate(probs, axis=-1)
+        `odds` corrects each row, or, where it is a single one, all of them.
+        """
+        return _survivals(self._probs[bucket_rows], odds)
 
-    def _with_odds(self, probs: FloatArray, seq_ids: Row[int]) -> FloatArray:
-        odds = np.array([self.odds(seq_id) for seq_id in seq_ids])[:, None]
-        corrected: FloatArray = probs * odds / (1.0 + probs * (odds - 1.0))
-        return corrected
+    def typical_survivals(self, odds: float) -> FloatArray:
+        """Survival by position before there is a draft: (1, max_drafts)."""
+        return _survivals(np.array([self.by_position()]), np.array([odds]))
 
-    def odds(self, seq_id: int) -> float:
-        """What multiplies the odds of acceptance for this sequence; 1 where nothing is known."""
-        record = self._sequences.get(seq_id)
-        return 1.0 if record is None else record.odds
+    def odds(self, seq_ids: Row[int]) -> FloatArray:
+        """What multiplies each sequence's odds of acceptance; 1 where nothing is known."""
+        records = self._sequences
+        return np.array([records[seq_id].odds if seq_id in records else 1.0 for seq_id in seq_ids])
 
     def by_position(self) -> list[float]:
         """Conditional acceptance by position, over all buckets."""
@@ -126,3 +116,8 @@ class Acceptance:
         self._sequences = {
             seq_id: record for seq_id, record in self._sequences.items() if seq_id in seq_ids
         }
+
+
+def _survivals(probs: FloatArray, odds: FloatArray) -> FloatArray:
+    column = odds[:, None]
+    return np.multiply.accumulate(probs * column / (1.0 + probs * (column - 1.0)), axis=1)

@@ -4,6 +4,7 @@ The scheduler makes the candidates; the policy fills a `StepDrafts` for each ste
 """
 
 import msgspec
+import numpy as np
 
 from engine.sequence import Sequence
 from engine.speculation.cost_curve import FloatArray
@@ -22,7 +23,7 @@ class Candidate(msgspec.Struct, gc=False):
 
 
 class StepDrafts:
-    """The coming step while it is decided on; lists are by candidate."""
+    """The coming step while it is decided on; lists and rows are by candidate."""
 
     __slots__ = (
         "base_tokens",
@@ -30,33 +31,38 @@ class StepDrafts:
         "drafts",
         "forced",
         "open",
+        "seq_ids",
         "sunk_s",
         "survivals",
         "times_s",
     )
 
     def __init__(
-        self, candidates: list[Candidate], num_other_tokens: int, times_s: FloatArray
+        self,
+        candidates: list[Candidate],
+        num_other_tokens: int,
+        times_s: FloatArray,
+        max_drafts: int,
     ) -> None:
+        count = len(candidates)
         self.candidates = candidates
         self.open = [
             index
             for index, candidate in enumerate(candidates)
             if candidate.max_drafts > 0 and candidate.drafter != "off"
         ]
-        self.base_tokens = len(candidates) + num_other_tokens  # of the step without drafts
+        self.seq_ids = [candidate.sequence.seq_id for candidate in candidates]
+        self.base_tokens = count + num_other_tokens  # of the step without drafts
         self.times_s = times_s
-        self.drafts: list[Draft] = [NO_DRAFT] * len(candidates)
-        self.survivals: list[FloatArray | None] = [None] * len(candidates)
-        self.forced = [0] * len(candidates)  # drafted tokens to verify whatever they promise
+        self.drafts: list[Draft] = [NO_DRAFT] * count
+        self.survivals = np.zeros((count, max_drafts))
+        self.forced: dict[int, int] = {}  # drafted tokens to verify whatever they promise
         self.sunk_s = 0.0  # spent on drafting
 
     def with_drafter(self, name: str) -> list[int]:
         """Indices of the open candidates that asked for this drafter, or for "auto"."""
-        return [index for index in self.open if self.candidates[index].drafter == name]
-
-    def seq_ids(self, indices: list[int]) -> list[int]:
-        return [self.candidates[index].sequence.seq_id for index in indices]
+        candidates = self.candidates
+        return [index for index in self.open if candidates[index].drafter == name]
 
     def limits(self, indices: list[int], most: int) -> list[int]:
         """How many tokens each may draft, at most `most`."""
@@ -64,7 +70,7 @@ class StepDrafts:
         for index in indices:
             candidate = self.candidates[index]
             wanted = most if candidate.num_drafts is None else candidate.num_drafts
-            limits.append(min(candidate.max_drafts, wanted))
+            limits.append(wanted if wanted < candidate.max_drafts else candidate.max_drafts)
         return limits
 
     def seconds(self, num_drafted: int) -> float:
@@ -80,11 +86,21 @@ class StepDrafts:
         """What one more token in the step costs, in tokens emitted in that time at `rate`."""
         return rate * (self.seconds(PRICE_SPAN) - self.seconds(0)) / PRICE_SPAN
 
-    def put(self, index: int, draft: Draft, survivals: FloatArray, is_forced: bool) -> None:
-        """Take a draft, unless the one that is there promises more."""
-        before = self.survivals[index]
-        if before is not None and not is_forced and before.sum() > survivals.sum():
-            return
-        self.drafts[index] = draft
-        self.survivals[index] = survivals
-        self.forced[index] = len(draft.token_ids) if is_forced else 0
+    def put(
+        self, indices: list[int], drafts: list[Draft], survivals: FloatArray, forced: set[int]
+    ) -> None:
+        """Take drafts, each unless the one that is there promises more."""
+        promised = self.survivals[indices].sum(axis=1).tolist()
+        promises = survivals.sum(axis=1).tolist()
+        width = survivals.shape[1]
+        for row, (index, draft) in enumerate(zip(indices, drafts, strict=True)):
+            if not draft.token_ids:
+                continue
+            is_forced = index in forced or self.candidates[index].num_drafts is not None
+            if promises[row] > promised[row] or is_forced:
+                self.drafts[index] = draft
+                own = self.survivals[index]
+                own[:width] = survivals[row]
+                own[width:] = 0.0
+                if is_forced:
+                    self.forced[index] = len(draft.token_ids)

@@ -27,7 +27,10 @@ SIZES = (
 MAX_SURPRISE = 0.25
 COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
 OWN_RATE = 0.04  # and the measured size besides, once it is well known
+STALE_AFTER = 400.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 50.0
+SEED_WEIGHT = 10.0
+LEAST_WEIGHT = 0.01
 REBUILD_EVERY = 8  # times taken in
 GUESSED_SLOPE = 0.05  # per size, where a single size is known
 
@@ -45,6 +48,8 @@ class CostCurve:
         self._common = 1.0  # multiplies all times: the machine's speed of the moment
         self._curve: FloatArray = np.zeros(max_size + 1)
         self._num_pending = 0
+        self._num_observed = 0
+        self._last_seen = [0] * len(self.sizes)
 
     @property
     def is_known(self) -> bool:
@@ -54,7 +59,8 @@ class CostCurve:
         """Take a careful measurement as the truth about one size."""
         index = self._nearest(size)
         self._times_s[index] = time_s / self._common
-        self._weights[index] = 10.0
+        self._weights[index] = SEED_WEIGHT
+        self._last_seen[index] = self._num_observed
         self._rebuild()
 
     def observe(self, size: int, time_s: float) -> None:
@@ -64,25 +70,25 @@ class CostCurve:
         if not self.is_known:
             self.seed(size, time_s)
             return
-        expected_s = float(self._curve[size])
-        surprise = min(max(time_s / expected_s - 1.0, -MAX_SURPRISE), MAX_SURPRISE)
+        self._num_observed += 1
+        surprise = time_s / float(self._curve[size]) - 1.0
         # Most of a lasting change is the machine's and concerns all sizes, those too that are not
         # run at the moment: without this, a slower machine would look like a costlier size.
-        self._common *= 1.0 + COMMON_RATE * surprise
+        self._common *= 1.0 + COMMON_RATE * _limited(surprise, MAX_SURPRISE)
         right = bisect_left(self.sizes, size)
         if self.sizes[right] == size:
-            self._correct(right, surprise, 1.0)
+            self._correct(right, surprise)
         else:
             low, high = self.sizes[right - 1], self.sizes[right]
             share = (size - low) / (high - low)
             self._correct(right - 1, surprise, 1.0 - share)
             self._correct(right, surprise, share)
         self._num_pending += 1
+        if self._num_pending >= REBUILD_EVERY:
+            self._rebuild()
 
     def times_s(self) -> FloatArray:
         """Return the times by size, index 0 unused; do not write to it."""
-        if self._num_pending >= REBUILD_EVERY:
-            self._rebuild()
         return self._curve
 
     def points(self) -> list[tuple[int, float]]:
@@ -93,14 +99,21 @@ class CostCurve:
             if weight
         ]
 
-    def _correct(self, index: int, surprise: float, share: float) -> None:
-        weight = self._weights[index]
-        if weight == 0.0:
+    def _correct(self, index: int, surprise: float, share: float = 1.0) -> None:
+        weight = self._weight(index)
+        if self._weights[index] == 0.0:
             self._times_s[index] = float(self._curve[self.sizes[index]]) / self._common
-        # A size that is new here learns fast.
+        # A size that is new or was not run for long learns fast, and from larger surprises.
         rate = max(OWN_RATE, 1.0 / (weight + 2.0))
-        self._times_s[index] *= 1.0 + rate * share * surprise
+        limit = MAX_SURPRISE * (1.0 + rate)
+        self._times_s[index] *= 1.0 + rate * share * _limited(surprise, limit)
         self._weights[index] = min(weight + share, MAX_WEIGHT)
+        self._last_seen[index] = self._num_observed
+
+    def _weight(self, index: int) -> float:
+        """How many times stand behind a size, old ones counting less."""
+        age = self._num_observed - self._last_seen[index]
+        return self._weights[index] * math.exp(-age / STALE_AFTER)
 
     def _nearest(self, size: int) -> int:
         return min(range(len(self.sizes)), key=lambda index: abs(self.sizes[index] - size))
@@ -109,7 +122,8 @@ class CostCurve:
         known = [index for index, weight in enumerate(self._weights) if weight]
         sizes = [self.sizes[index] for index in known]
         times_s = never_falling(
-            [self._times_s[index] for index in known], [self._weights[index] for index in known]
+            [self._times_s[index] for index in known],
+            [self._weight(index) + LEAST_WEIGHT for index in known],
         )
         if len(sizes) == 1:
             slope = GUESSED_SLOPE * times_s[0]
@@ -125,6 +139,10 @@ class CostCurve:
         curve = np.interp(np.arange(self._max_size + 1), sizes, times_s)
         self._curve = curve * self._common
         self._num_pending = 0
+
+
+def _limited(value: float, limit: float) -> float:
+    return min(max(value, -limit), limit)
 
 
 def never_falling(values: list[float], weights: list[float]) -> list[float]:

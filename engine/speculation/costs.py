@@ -7,6 +7,7 @@ from engine.speculation.cost_curve import CostCurve, FloatArray
 # Of a step with as many tokens, for a run of a drafter that was never timed: it is tried, and
 # then it is known.
 GUESSED_RUN_SHARE = 0.08
+CACHE_CALLS = 16  # after which what was computed is computed anew
 
 
 class DraftCost:
@@ -15,6 +16,8 @@ class DraftCost:
     def __init__(self, max_sequences: int, max_drafts: int) -> None:
         self._max_drafts = max_drafts
         self._curves = [CostCurve(max_sequences) for _ in range(max_drafts)]
+        self._cached: dict[int, FloatArray] = {}
+        self._num_calls = 0
 
     def curve(self, num_drafts: int) -> CostCurve:
         """The curve by number of sequences for this many drafts, to seed or to read."""
@@ -25,7 +28,16 @@ class DraftCost:
         self._curves[min(num_drafts, self._max_drafts) - 1].observe(num_sequences, draft_s)
 
     def times_s(self, num_sequences: int, step_times_s: FloatArray) -> FloatArray:
-        """Return seconds by number of drafts, 0 … max_drafts, for this many sequences."""
+        """Return seconds by number of drafts, 0 … max_drafts; do not write to it."""
+        self._num_calls += 1
+        if self._num_calls % CACHE_CALLS == 0:
+            self._cached.clear()
+        times_s = self._cached.get(num_sequences)
+        if times_s is None:
+            times_s = self._cached[num_sequences] = self._compute(num_sequences, step_times_s)
+        return times_s
+
+    def _compute(self, num_sequences: int, step_times_s: FloatArray) -> FloatArray:
         times_s = np.zeros(self._max_drafts + 1)
         known = [k for k, curve in enumerate(self._curves, 1) if curve.is_known]
         for k in range(1, self._max_drafts + 1):

@@ -14,7 +14,6 @@ from engine.speculation.candidates import StepDrafts
 from engine.speculation.costs import Costs
 from engine.speculation.depth import MARGIN, DepthPlanner
 from engine.speculation.drafter import Drafter
-from engine.speculation.plan import net_values
 
 PROBE_SEQUENCES = 2
 VERIFY_EVERY = 4  # probes
@@ -58,7 +57,7 @@ class ModelDrafters:
             named = step.with_drafter(name)
             wanted = wanted_of[name] = self._where_better(step, name, auto, rate, token_price)
             if wanted or named:
-                self._plan(planner, step, {*wanted, *named}, token_price)
+                self._plan(planner, step, wanted + named, token_price)
             asks[name] = Ask(name)
             for index in named:
                 depth = planner.depth
@@ -74,31 +73,29 @@ class ModelDrafters:
     def _where_better(
         self, step: StepDrafts, name: str, auto: list[int], rate: float, token_price: float
     ) -> list[int]:
-        """Those of `auto` for which the drafter promises more than the draft they have."""
+        """Those of `auto` that have no draft, or a worse one than the drafter promises."""
         if not auto:
             return []
         planner = self.planners[name]
-        survivals = self._acceptance[name].typical_survivals(step.seq_ids(auto))
+        gains = planner.mean_gains(token_price)
         draft_times_s = planner.cost.times_s(len(auto), step.times_s)[1:]
-        gains = np.cumsum(np.maximum(survivals - token_price, 0.0), axis=1)
-        values = (gains - rate * draft_times_s / len(auto)).max(axis=1).tolist()
-        wanted = []
-        for index, value in zip(auto, values, strict=True):
-            free = step.survivals[index]
-            if free is None or value > net_values(free[None, :], token_price)[0]:
-                wanted.append(index)
-        return wanted
+        odds = self._acceptance[name].odds([step.seq_ids[index] for index in auto])
+        values = (np.outer(odds, gains) - draft_times_s * (rate / len(auto))).max(axis=1)
+        free_values = np.maximum(step.survivals[auto] - token_price, 0.0).sum(axis=1)
+        is_wanted = (free_values == 0.0) | (values > free_values)
+        return [auto[row] for row in np.flatnonzero(is_wanted).tolist()]
 
     def _plan(
-        self, planner: DepthPlanner, step: StepDrafts, asked: set[int], token_price: float
+        self, planner: DepthPlanner, step: StepDrafts, asked: list[int], token_price: float
     ) -> None:
-        emitted, num_tokens = float(len(step.candidates)), step.base_tokens
-        for index, survivals in enumerate(step.survivals):
-            if survivals is not None and index not in asked:
-                paying = survivals[survivals > token_price]
-                emitted += float(paying.sum())
-                num_tokens += len(paying)
-        planner.plan(len(asked), emitted, num_tokens)
+        if not planner.is_due(step.base_tokens):
+            return
+        others = step.survivals.copy()
+        others[asked] = 0.0
+        paying = others[others > token_price]
+        emitted = len(step.candidates) + float(paying.sum())
+        odds = self._acceptance[planner.name].odds([step.seq_ids[index] for index in asked])
+        planner.plan(odds, emitted, step.base_tokens, len(paying))
 
     def _choose_current(self) -> str:
         """The drafter whose planned rate is highest, the one in use unless clearly beaten."""

@@ -106,14 +106,3 @@ def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:
     best = int(rates.argmax())
     current = min(current, len(rates) - 1)
     return best if rates[best] > (1.0 + margin) * rates[current] else current
-
-
-def net_values(survivals: FloatArray, token_price: float) -> FloatArray:
-    """Tokens that each draft (a row) is worth beyond what verifying it costs, in tokens.
-
-    token_price is what one more token in the step costs, in tokens emitted in that time.
-    """
-    gains = survivals - token_price
-    np.maximum(gains, 0.0, out=gains)
-    values: FloatArray = gains.sum(axis=1)
-    return values

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Row
 
-import numpy as np
-
 from engine.speculation.acceptance import Acceptance
 from engine.speculation.candidates import Candidate, StepDrafts
 from engine.speculation.costs import Costs
@@ -22,6 +20,10 @@ PROBE_TIME_SHARE = 0.005  # of all step time, at most, for drafts that are not e
 MAX_PROBE_CREDIT_S = 0.1
 FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
+# Under load, after so many steps in which nothing paid, only every fourth step is looked at.
+REST_AFTER = 32
+REST_TOKENS = 8
+LOOK_EVERY = 4
 SPEEDUP_MEMORY = 16.0  # steps
 
 
@@ -51,9 +53,11 @@ class SpeculationPolicy:
         self._free = [drafter for drafter in drafters if drafter.is_free]
         self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
         self._verified: dict[int, Draft] = {}  # of that, what goes into it
-        self._probe_credit_s = 0.0
+        self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._num_calls = 0
+        self._num_resting = 0  # steps in a row in which nothing paid
+        self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
 
     def draft(self, candidates: list[Candidate], num_other_tokens: int = 0) -> list[Draft]:
         """Return what to verify for each candidate in the coming step, often nothing.
@@ -68,8 +72,9 @@ class SpeculationPolicy:
             seq_ids = {candidate.sequence.seq_id for candidate in candidates}
             for acceptance in self.acceptance.values():
                 acceptance.keep_only(seq_ids)
-        step = StepDrafts(candidates, num_other_tokens, self.costs.step.times_s())
-        if not step.open or not self.drafters or not self.costs.step.is_known:
+        times_s = self.costs.step.times_s()
+        step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
+        if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
             return step.drafts
         for drafter in self._free:
             indices = step.with_drafter("auto") + step.with_drafter(drafter.name)
@@ -117,47 +122,57 @@ class SpeculationPolicy:
         step.sunk_s += draft_s
         cost = self.costs.drafter(ask.name, drafter.max_drafts)
         cost.observe(len(ask.indices), max(ask.depths), draft_s)
-        seq_ids = step.seq_ids(ask.indices)
+        seq_ids = [step.seq_ids[index] for index in ask.indices]
         rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
-        survivals = acceptance.survivals(rows, seq_ids)
+        survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
+        step.put(ask.indices, drafts, survivals, ask.verified)
+        for seq_id, draft in zip(seq_ids, drafts, strict=True):
+            if draft.token_ids:
+                self._pending.setdefault(seq_id, []).append(draft)
         planner = self.models.planners.get(ask.name)
-        for row, (index, draft) in enumerate(zip(ask.indices, drafts, strict=True)):
-            if not draft.token_ids:
-                continue
-            self._pending.setdefault(seq_ids[row], []).append(draft)
-            is_forced = index in ask.verified or step.candidates[index].num_drafts is not None
-            step.put(index, draft, survivals[row], is_forced)
-            if planner is not None and ask.depths[row] == planner.max_drafts:
-                planner.add_profile(draft)
+        if planner is not None:
+            for draft, depth in zip(drafts, ask.depths, strict=True):
+                if depth == planner.max_drafts:
+                    planner.add_profile(draft)
 
     def _choose(self, step: StepDrafts) -> list[Draft]:
         """Cut the step's drafts to what pays."""
-        chosen = [i for i in step.open if step.survivals[i] is not None and not step.forced[i]]
-        width = max((len(step.survivals[i]) for i in chosen), default=0)  # type: ignore[arg-type]
-        survivals = np.zeros((len(chosen), width))
-        for row, index in enumerate(chosen):
-            values = step.survivals[index]
-            assert values is not None
-            survivals[row, : len(values)] = values
         emitted, num_tokens = float(len(step.candidates)), step.base_tokens
-        for index, count in enumerate(step.forced):
-            values = step.survivals[index]
-            if count and values is not None:
-                num_tokens += count
-                emitted += float(values.sum())
+        survivals = step.survivals
+        if step.forced:
+            forced = list(step.forced)
+            emitted += float(survivals[forced].sum())
+            num_tokens += sum(step.forced.values())
+            survivals = survivals.copy()
+            survivals[forced] = 0.0
         choice = choose_counts(survivals, emitted, num_tokens, step.times_s, step.sunk_s)
-        counts = list(step.forced)
-        for index, count in zip(chosen, choice.counts, strict=True):
+        counts = choice.counts
+        for index, count in step.forced.items():
             counts[index] = count
-        if not choice.num_verified and chosen:
-            self._probe_free(step, chosen, counts)
+        self._num_resting = 0 if choice.num_verified else self._num_resting + 1
+        if not choice.num_verified:
+            self._probe_free(step, counts)
         self._remember(step, choice)
-        return self._truncate(step, counts)
+        for index, count in enumerate(counts):
+            draft = step.drafts[index]
+            if count:
+                self._verified[step.seq_ids[index]] = draft
+            step.drafts[index] = draft.truncated(count)
+        return step.drafts
 
-    def _probe_free(self, step: StepDrafts, chosen: list[int], counts: list[int]) -> None:
+    def _is_resting(self, base_tokens: int) -> bool:
+        """Whether this step is not worth a look: under a load where drafts did not pay lately."""
+        if self._num_resting < REST_AFTER or base_tokens < REST_TOKENS:
+            return False
+        is_alike = abs(base_tokens - self.last_load[1]) <= REST_TOKENS // 2
+        return is_alike and self._num_calls % LOOK_EVERY != 0
+
+    def _probe_free(self, step: StepDrafts, counts: list[int]) -> None:
         """Verify a draft that cost nothing now and then, where none promises to pay."""
-        index = chosen[self._num_calls % len(chosen)]
+        index = step.open[self._num_calls % len(step.open)]
         count = min(FREE_PROBE_DRAFTS, len(step.drafts[index].token_ids))
+        if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
+            return
         cost_s = step.seconds(count) - step.seconds(0)
         if cost_s <= self._probe_credit_s:
             self._probe_credit_s -= cost_s
@@ -169,14 +184,6 @@ class SpeculationPolicy:
         speedup = choice.expected_rate / step.plain_rate
         self._speedup += (speedup - self._speedup) / SPEEDUP_MEMORY
         self.tally.estimate(speedup)
-
-    def _truncate(self, step: StepDrafts, counts: list[int]) -> list[Draft]:
-        for index, count in enumerate(counts):
-            draft = step.drafts[index]
-            if count:
-                self._verified[step.candidates[index].sequence.seq_id] = draft
-            step.drafts[index] = draft.truncated(count)
-        return step.drafts
 
 
 def _num_matched(drafted_ids: Row[int], emitted_ids: Row[int]) -> int:
