@@ -16,6 +16,9 @@ from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.speculation.report import SpeculationReport, report
+from engine.speculation.setup import OFF, Speculation, calibrate
+from engine.speculation.speculator import Speculator
 from engine.types import Abort, EngineLoad, FinishReason, StepReport, Submit, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,11 @@ class Engine:
     """
 
     def __init__(
-        self, core: Core, settings: EngineSettings, on_report: Callable[[StepReport], None]
+        self,
+        core: Core,
+        settings: EngineSettings,
+        on_report: Callable[[StepReport], None],
+        speculation: Speculation = OFF,
     ) -> None:
         if settings.num_kv_blocks * core.block_size < settings.max_model_len:
             raise ValueError(
@@ -63,12 +70,22 @@ class Engine:
             max_step_tokens=settings.max_step_tokens,
             max_model_len=settings.max_model_len,
         )
+        hidden = speculation.hidden_states(settings.max_sequences)
         self._batch = Batch(
             core,
             max_sequences=settings.max_sequences,
             max_step_tokens=settings.max_step_tokens,
             max_model_len=settings.max_model_len,
             eos_token_ids=self._eos_token_ids,
+            hidden=hidden,
+        )
+        policy = speculation.policy(
+            self._batch, hidden, max_step_tokens=settings.max_step_tokens
+        )
+        if policy.drafters:
+            calibrate(self._batch, policy.costs, settings.max_step_tokens)
+        self._speculator = Speculator(
+            policy, self._scheduler, self._batch.lanes, settings.max_step_tokens
         )
         self._inbox: deque[Submit | Abort] = deque()
         self._wake = threading.Event()
@@ -202,10 +219,13 @@ class Engine:
         plan = self._scheduler.schedule()
         assert plan.entries, "there is work, but nothing that a step could advance"
         try:
+            self._speculator.extend(plan)
             for seq in plan.admitted:
                 self._batch.open_lane(seq)
             num_tokens, num_sequences, num_rows = self._batch.fill(plan.entries)
+            began_s = time.perf_counter()
             self._core.step(num_tokens, num_sequences, num_rows)
+            step_s = time.perf_counter() - began_s
         except Exception as error:
             log.exception("a step of %d sequences failed", len(plan.entries))
             events += self._scheduler.fail(plan, f"the model could not be computed: {error}")
@@ -213,6 +233,7 @@ class Engine:
             return 0
         self._num_failed_steps = 0
         events += self._scheduler.commit(plan, self._batch.sampled())
+        self._speculator.learn(plan, num_tokens, step_s)
         return num_tokens
 
     def _close(self, error: str) -> None:

@@ -99,17 +99,33 @@ class Scheduler:
         row_start = rows.start
         for index, (seq, num_new_tokens) in enumerate(plan.entries):
             seq.num_computed_tokens += num_new_tokens
+            first_row, end_row = row_start[index], row_start[index + 1]
+            event = None
+            if first_row != end_row:
+                event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
             if seq.num_computed_tokens // block_size > seq.num_published_blocks:
                 self._publish(seq)
-            first_row, end_row = row_start[index], row_start[index + 1]
-            if first_row == end_row:
-                continue
-            event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
             if event is not None:
                 events.append(event)
                 if event.finish_reason is not None:
                     self._leave(seq)
         return events
+
+    def draft_room(self, seq: Sequence, wanted: int) -> int:
+        """How many drafts the step may verify behind `seq`, which lacks its next token only.
+
+        Blocks are taken for them while more are free than the running sequences will soon need.
+        """
+        num_tokens = len(seq.token_ids)
+        # The verified drafts and the token after them are all emitted at best.
+        left = seq.params.max_tokens - seq.num_output_tokens - 1
+        room = min(wanted, left, self._max_model_len - num_tokens - 1)
+        if room <= 0:
+            return 0
+        count = self._blocks.num_blocks_for(num_tokens + room) - len(seq.block_ids)
+        if count > 0 and self._blocks.num_free >= count + len(self._running):
+            seq.block_ids += self._blocks.allocate(count)
+        return min(room, len(seq.block_ids) * self._block_size - num_tokens)
 
     def fail(self, plan: StepPlan, error: str) -> list[TokenEvent]:
         """End the plan's sequences; nothing that the failed step wrote can be found again."""
@@ -241,8 +257,9 @@ class Scheduler:
         self._blocks.share(prefix)
         seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
         seq.num_published_blocks = len(prefix)
-        seq.num_computed_tokens = len(prefix) * self._block_size
+        seq.num_computed_tokens = seq.first_computed = len(prefix) * self._block_size
         seq.lane = self._free_lanes.pop()
+        seq.num_starts += 1
         seq.status = SequenceStatus.RUNNING
         insort(self._running, seq, key=_by_arrival)
         for digest in seq.block_digests[len(prefix) :]:
