@@ -131,6 +131,11 @@ class Model {
   // read or write outside of what is bound, before anything is computed.
   void step(int num_tokens, int num_sequences, int num_rows);
 
+  // Bytes that bind() allocates for such a model and batch, known before anything is loaded.
+  static int64_t activation_bytes(const Config& config, int num_threads, int max_tokens,
+                                  int max_blocks_per_seq);
+  int64_t activation_bytes() const;  // allocated now
+
   const Config& config() const { return config_; }
   int num_threads() const { return pool_.num_threads(); }
   const char* isa() const { return linear_->isa; }
