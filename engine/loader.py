@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ from engine.tokenizer.chat_template import (
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
 from engine.tokenizer.load import tokenizer_from_folder, tokenizer_from_gguf
 from engine.tokenizer.protocol import Tokenizer
+
+TextSide = tuple[Tokenizer, ChatTemplate | None]
 
 _ISAS = ("portable", "avx2", "avx512")  # each includes the ones before it
 _SAMPLED_BYTES = 1 << 16  # at either end of a file, for the fingerprint
@@ -82,7 +85,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
     spec: ModelSpec
     tensors: Mapping[str, StoredTensor]
-    read_text: Callable[[], tuple[Tokenizer, ChatTemplate | None]]
+    read_text: Callable[[], TextSide]
     eos_token_ids: tuple[int, ...] = ()  # beyond the spec's
     generation_defaults: GenerationDefaults = GenerationDefaults()
 
@@ -102,11 +105,12 @@ def load_model(
     progress: Progress | None = None,
     niceness: int = 0,
     available_bytes: int | None = None,
+    text: TextSide | None = None,
 ) -> LoadedModel:
     """Load the model that `config` names. Raises ConfigError, of one line, for whatever is wrong.
 
     Progress of a fetch goes to standard error unless given. With a `niceness` one thread of that
-    priority loads, beside a model that serves.
+    priority loads, beside a model that serves; `text` is that model's tokenizer and template.
     """
     headers = read_headers(config, progress)
     plan = plan_headers(config, headers, available_bytes)
@@ -115,7 +119,10 @@ def load_model(
     try:
         core = fulcrum_core.Model(core_config(spec), headers.num_threads, headers.isa)
         num_loaders = 1 if niceness else headers.num_threads
-        tokenizer, chat_template = _fill(core, checkpoint, plan.weights, num_loaders, niceness)
+        read_text = checkpoint.read_text if text is None else partial(_same, text)
+        tokenizer, chat_template = _fill(
+            core, checkpoint, plan.weights, read_text, num_loaders, niceness
+        )
         core.finalize()
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
     except ConfigError:
@@ -185,9 +192,10 @@ def _fill(
     core: fulcrum_core.Model,
     checkpoint: Checkpoint,
     plan: WeightPlan,
+    read_text: Callable[[], TextSide],
     num_threads: int,
     niceness: int,
-) -> tuple[Tokenizer, ChatTemplate | None]:
+) -> TextSide:
     """Load the weights; the tokenizer is built while the core packs the matrices."""
     # Niceness is a thread's own: the core's threads, made before, keep theirs.
     with ThreadPoolExecutor(
@@ -196,12 +204,16 @@ def _fill(
         loading = submit_matrices(core, checkpoint.spec, plan, executor)
         try:
             load_vectors(core, checkpoint.spec, plan)
-            text = checkpoint.read_text()
+            text = read_text()
             for future in loading:
                 future.result()
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+    return text
+
+
+def _same(text: TextSide) -> TextSide:
     return text
 
 
@@ -227,7 +239,7 @@ def _open(resolved: ResolvedModel) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     file = GgufFile(path)
 
-    def read_text() -> tuple[Tokenizer, ChatTemplate | None]:
+    def read_text() -> TextSide:
         tokenizer = tokenizer_from_gguf(file.metadata)
         return tokenizer, chat_template_from_gguf(file.metadata, tokenizer)
 
@@ -235,7 +247,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    def read_text() -> tuple[Tokenizer, ChatTemplate | None]:
+    def read_text() -> TextSide:
         tokenizer = tokenizer_from_folder(folder)
         return tokenizer, chat_template_from_folder(folder, tokenizer)
 

@@ -30,6 +30,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     log_format: LogFormat
+    receipts: Path | None  # None: in the cache folder
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
@@ -164,6 +165,12 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.stalled_reader_s,
         help="time without reading after which a stream is closed (default: %(default)s)",
     )
+    group.add_argument(
+        "--receipts",
+        type=Path,
+        help="file that receipts of applied settings are added to "
+        "(default: receipts.jsonl in the cache folder)",
+    )
     group.add_argument("--log-format", choices=("text", "json"), default="text")
 
 
@@ -197,6 +204,7 @@ def _to_options(args: argparse.Namespace) -> Options:
         host=args.host,
         port=args.port,
         log_format=cast(LogFormat, args.log_format),
+        receipts=args.receipts,
     )
 
 

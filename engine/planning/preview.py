@@ -6,6 +6,7 @@ weights.
 
 import hashlib
 import math
+import threading
 from typing import Any, Literal
 
 import fulcrum_core
@@ -81,11 +82,12 @@ class Level(msgspec.Struct, frozen=True):
 
 
 class Planner:
-    """Plans of one model on this machine; immutable but for what it measures and keeps."""
+    """Plans of one model on this machine; any thread may ask."""
 
     def __init__(self, headers: ModelHeaders) -> None:
         self.headers = headers
         self._digest = _model_digest(headers)
+        self._calibrating = threading.Lock()  # two at once would time each other
 
     def plan(self, config: EngineConfig) -> DeploymentPlan:
         """Raises ConfigError where a value cannot work; memory has no say here."""
@@ -116,7 +118,8 @@ class Planner:
         known = known_calibration(key)
         if known is not None or not measure:
             return known
-        return calibrate(spec, plan, headers.isa, headers.num_threads)
+        with self._calibrating:
+            return known_calibration(key) or calibrate(spec, plan, headers.isa, headers.num_threads)
 
     def quality_key(self, plan: DeploymentPlan) -> QualityKey:
         """Name what the quality of this plan depends on."""
