@@ -213,7 +213,7 @@ def _overview(optimizer: Optimizer, load: EngineLoad) -> dict[str, Any]:
 
 def _with_gain(row: Technique, load: EngineLoad) -> Technique:
     """Add what a technique has gained since the start, where that is counted."""
-    if row.kind == "cache" and load.num_prefix_queried_tokens:
+    if row.kind == "cache" and load.num_prefix_hit_tokens:
         share = load.num_prefix_hit_tokens / load.num_prefix_queried_tokens
         gained = f"{load.num_prefix_hit_tokens} prompt tokens not computed again ({share:.0%})"
         return msgspec.structs.replace(row, gained=gained)

@@ -69,11 +69,13 @@ def hardware() -> tuple[str, int]:
 
 
 def known_calibration(key: str) -> Calibration | None:
-    """What the cache folder has of it."""
+    """What the cache folder has of it, unless the machine was busy then and is not any more."""
     try:
-        return msgspec.json.decode(_path(key).read_bytes(), type=Calibration)
+        kept = msgspec.json.decode(_path(key).read_bytes(), type=Calibration)
     except (OSError, msgspec.DecodeError):
         return None
+    was_busy = kept.load_average > len(os.sched_getaffinity(0))
+    return None if was_busy and os.getloadavg()[0] < kept.load_average / 2 else kept
 
 
 def calibrate(

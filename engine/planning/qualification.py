@@ -70,7 +70,7 @@ def _weight_levels(headers: ModelHeaders, config: EngineConfig) -> list[Techniqu
     types = ", ".join(f"{name} ({count})" for name, count in stored.most_common(4))
     rows = []
     for level in _LEVELS:
-        name = f"weights {level}"
+        name = "weights bf16" if level == "none" else f"weights {level}"
         if level not in get_args(Quantization):
             rows.append(
                 Technique(
