@@ -78,7 +78,7 @@ export class Live {
     this.tiles = new Map(TILES.map((tile) => [tile.id, new Tile(tile)]));
     container.append(...[...this.tiles.values()].map((tile) => tile.node));
     this.former = null;
-    this.absent = new Set();
+    this.paths = null;
     this.ttft = null;
   }
 
@@ -152,14 +152,13 @@ export class Live {
       [report.drafter, depth === undefined ? null : `K ${depth}`].filter(Boolean).join(", "));
   }
 
-  // An endpoint that this server may not have.
+  // An endpoint that this server may not have; its own description says so.
   async optional(path, show) {
-    if (this.absent.has(path)) return;
     try {
-      show(await json(path));
+      this.paths ??= new Set(Object.keys((await json("/openapi.json")).paths));
+      if (this.paths.has(path)) show(await json(path));
     } catch (error) {
-      if ([401, 404].includes(error.status)) this.absent.add(path);
+      if (error.status === 401) this.paths = new Set();
     }
   }
 }
-

@@ -22,11 +22,14 @@ async function refresh() {
   try {
     overview = await json("/v1/optimizations");
   } catch (error) {
-    document.getElementById("settings").hidden = error.status === 404;
+    // A server without a control plane has nothing to show here.
+    for (const id of ["settings", "levels", "techniques", "receipts"]) {
+      document.getElementById(id).closest("section").hidden = error.status === 404;
+    }
     return;
   }
   document.getElementById("model-formats").textContent =
-    `${overview.today.formats.replace(/, \w+ \(0\)/g, "")} · KV ${overview.today.setting.kv_dtype} · ${overview.today.isa}`;
+    `${overview.today.formats.split(", ").filter((part) => !part.endsWith("(0)")).join(", ")} · KV ${overview.today.setting.kv_dtype} · ${overview.today.isa}`;
   settings.show(overview);
   showLevels(document.getElementById("levels"), overview);
   showTechniques(document.getElementById("techniques"), overview);
