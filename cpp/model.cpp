@@ -66,14 +66,39 @@ void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* m
   memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
 }
 
+int64_t max_attention_parts(int num_threads, int max_blocks_per_seq) {
+  const int num_segments = attention_segments(0, max_blocks_per_seq * kBlockSize, 0).end;
+  return int64_t{kMaxPartedUnits} * num_threads * num_segments;
+}
+
+int64_t attention_parts_bytes(int64_t num_parts, int head_dim) {
+  return num_parts * attention_state_floats(kMaxPartRows, head_dim) * sizeof(float);
+}
+
 }  // namespace
+
+int64_t Model::activation_bytes(const Config& config, int num_threads, int max_tokens,
+                                int max_blocks_per_seq) {
+  RunState s;
+  Carver sizes;
+  lay_out(config, max_tokens, num_threads, &sizes, &s);
+  const int64_t scratch = attention_scratch_floats(config.head_dim) * sizeof(float) +
+                          SamplerScratch(config.vocab_size).bytes();
+  const int64_t num_parts = max_attention_parts(num_threads, max_blocks_per_seq);
+  return sizes.bytes + num_threads * scratch + attention_parts_bytes(num_parts, config.head_dim);
+}
+
+int64_t Model::activation_bytes() const {
+  int64_t bytes = state_.memory.bytes() + attention_states_.bytes();
+  for (const Buffer& scratch : state_.attention_scratch) bytes += scratch.bytes();
+  for (const SamplerScratch& scratch : state_.sampler_scratch) bytes += scratch.bytes();
+  return bytes;
+}
 
 void Model::bind(const Batch& batch, const Limits& limits) {
   pool_->wait_until_idle();
-  const int num_segments = attention_segments(0, limits.max_blocks_per_seq * kBlockSize, 0).end;
-  const int64_t num_parts = int64_t{kMaxPartedUnits} * num_threads() * num_segments;
-  const int64_t bytes =
-      num_parts * attention_state_floats(kMaxPartRows, config_.head_dim) * sizeof(float);
+  const int64_t num_parts = max_attention_parts(num_threads(), limits.max_blocks_per_seq);
+  const int64_t bytes = attention_parts_bytes(num_parts, config_.head_dim);
   if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
   parts_.reserve(num_parts);
   tiles_.reserve(limits.max_tokens);
