@@ -20,9 +20,10 @@ void bind_ledger(py::module_& m) {
       py::arg("config"), py::arg("dtype"));
   m.def(
       "activation_bytes",
-      [](const Config& config, int num_threads, int max_tokens, int max_blocks_per_seq) {
-        return Model::activation_bytes(config, num_threads, max_tokens, max_blocks_per_seq);
+      [](const Config& config, const std::string& isa, int num_threads, int max_tokens,
+         int max_blocks_per_seq) {
+        return Model::activation_bytes(config, isa, num_threads, max_tokens, max_blocks_per_seq);
       },
-      py::arg("config"), py::arg("num_threads"), py::arg("max_tokens"),
+      py::arg("config"), py::arg("isa"), py::arg("num_threads"), py::arg("max_tokens"),
       py::arg("max_blocks_per_seq"));
 }

@@ -77,11 +77,13 @@ int64_t attention_parts_bytes(int64_t num_parts, int head_dim) {
 
 }  // namespace
 
-int64_t Model::activation_bytes(const Config& config, int num_threads, int max_tokens,
-                                int max_blocks_per_seq) {
+int64_t Model::activation_bytes(const Config& config, const std::string& isa, int num_threads,
+                                int max_tokens, int max_blocks_per_seq) {
+  const LinearKernels* linear = linear_kernels(isa.c_str());
+  if (linear == nullptr) throw std::invalid_argument("unknown instruction set " + isa);
   RunState s;
   Carver sizes;
-  lay_out(config, max_tokens, num_threads, &sizes, &s);
+  lay_out(config, max_tokens, num_threads, linear->reads_widened, &sizes, &s);
   const int64_t scratch = attention_scratch_floats(config.head_dim) * sizeof(float) +
                           SamplerScratch(config.vocab_size).bytes();
   const int64_t num_parts = max_attention_parts(num_threads, max_blocks_per_seq);

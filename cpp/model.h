@@ -153,8 +153,8 @@ class Model final : private ThreadPool::Job {
   void step(int num_tokens, int num_sequences, int num_rows);
 
   // Bytes that bind() allocates for such a model and batch, known before anything is loaded.
-  static int64_t activation_bytes(const Config& config, int num_threads, int max_tokens,
-                                  int max_blocks_per_seq);
+  static int64_t activation_bytes(const Config& config, const std::string& isa, int num_threads,
+                                  int max_tokens, int max_blocks_per_seq);
   int64_t activation_bytes() const;  // allocated now
 
   const Config& config() const { return config_; }

@@ -79,7 +79,7 @@ def plan_deployment(
     shape = core_config(spec)
     available = available_memory_bytes() if available_bytes is None else available_bytes
     wanted_len, _ = wanted_model_len(config, spec.max_position)
-    activations = _activation_bytes(config, shape, num_threads, wanted_len)
+    activations = _activation_bytes(config, shape, isa, num_threads, wanted_len)
     left = available - weights_bytes - activations
     if left <= 0:
         raise ConfigError(_short_of_memory(config, weights, weights_bytes, activations, available))
@@ -93,7 +93,7 @@ def plan_deployment(
     ledger = Ledger(
         weights_bytes=weights_bytes,
         kv_bytes=context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype),
-        activation_bytes=_activation_bytes(config, shape, num_threads, context.max_model_len),
+        activation_bytes=_activation_bytes(config, shape, isa, num_threads, context.max_model_len),
         runtime_bytes=PROCESS_BYTES + spec.vocab_size * VOCABULARY_ENTRY_BYTES,
     )
     return DeploymentPlan(weights, context, ledger)
@@ -144,10 +144,12 @@ def mib(num_bytes: float) -> str:
 
 
 def _activation_bytes(
-    config: EngineConfig, shape: fulcrum_core.Config, num_threads: int, max_model_len: int
+    config: EngineConfig, shape: fulcrum_core.Config, isa: str, num_threads: int, max_model_len: int
 ) -> int:
     max_blocks = -(-max_model_len // fulcrum_core.BLOCK_SIZE)
-    return fulcrum_core.activation_bytes(shape, num_threads, config.max_step_tokens, max_blocks)
+    return fulcrum_core.activation_bytes(
+        shape, isa, num_threads, config.max_step_tokens, max_blocks
+    )
 
 
 def _short_of_memory(

@@ -29,6 +29,8 @@ from engine.models.core_config import core_config
 from engine.models.settings import Settings
 from engine.models.spec import ModelSpec
 from engine.models.weights import WeightPlan, load_vectors, submit_matrices
+from engine.speculation.load import load_speculation
+from engine.speculation.setup import Speculation
 from engine.tokenizer.chat_template import (
     ChatTemplate,
     chat_template_from_folder,
@@ -78,6 +80,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     isa: str
     num_threads: int
     ledger: Ledger  # as planned before loading
+    speculation: Speculation
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
@@ -125,6 +128,9 @@ def load_model(
         )
         core.finalize()
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
+        speculation = load_speculation(
+            config, core, spec, checkpoint.tensors, context.num_kv_blocks
+        )
     except ConfigError:
         raise
     except (TokenizerError, ChatTemplateError, ValueError, RuntimeError) as error:
@@ -156,6 +162,7 @@ def load_model(
         isa=core.isa,
         num_threads=core.num_threads,
         ledger=plan.ledger,
+        speculation=speculation,
     )
 
 

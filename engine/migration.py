@@ -7,6 +7,7 @@ and not everybody's.
 """
 
 from concurrent.futures import Future
+
 from msgspec.structs import replace
 
 from engine.batch import Core

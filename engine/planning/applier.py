@@ -16,7 +16,6 @@ import msgspec
 
 from engine.config import ConfigError, EngineConfig
 from engine.deployment import Deployment, deploy, reclaimable_bytes
-from engine.runner import EngineSettings
 from engine.machine import available_memory_bytes
 from engine.planning.apply_run import ApplyRun
 from engine.planning.apply_types import ApplyBusy, ApplyRequest, Status, now
@@ -25,6 +24,7 @@ from engine.planning.preview import Planner, Preview, shortage_text
 from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
+from engine.runner import EngineSettings
 from engine.types import SamplingParams, Submit
 
 log = logging.getLogger(__name__)

@@ -18,9 +18,9 @@ import numpy as np
 from engine.checkpoint.cache import cache_folder
 from engine.ledger import DeploymentPlan
 from engine.loop import Engine
-from engine.runner import EngineSettings
 from engine.models.spec import ModelSpec
 from engine.planning.synthetic import synthetic_core
+from engine.runner import EngineSettings
 from engine.types import SamplingParams, StepReport, Submit
 
 BUDGET_S = 5.0

@@ -32,14 +32,25 @@ NO_DRAFT = Draft("none", [], [])
 class Drafter(Protocol):
     """Maps sequences to drafts. What a rejected draft left behind in it is its own affair."""
 
-    name: str
-    max_drafts: int  # K at most
-    # Acceptance of a token, given that those before it were accepted, as known before serving:
-    # by bucket, and by position in the draft (at least max_drafts of them).
-    priors: Row[float]
-    position_priors: Row[float]
-    # Whether a draft costs no run of a model: such a drafter is asked in every step.
-    is_free: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def max_drafts(self) -> int:
+        """K at most."""
+
+    @property
+    def priors(self) -> Row[float]:
+        """Acceptance of a token, given that those before it were accepted, by bucket: as known
+        before serving."""
+
+    @property
+    def position_priors(self) -> Row[float]:
+        """The same by position in the draft, at least max_drafts of them."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a draft costs no run of a model: such a drafter is asked in every step."""
 
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
         """Draft at most max_drafts[i] tokens that follow the tokens of sequences[i]."""

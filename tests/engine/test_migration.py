@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.runner import EngineSettings
 from engine.migration import SwitchError
+from engine.runner import EngineSettings
 from tests.engine.fake_core import FakeCore
 from tests.engine.test_loop import EOS, MAX_MODEL_LEN, WAIT_S, Client
 

@@ -63,7 +63,9 @@ class AnswerWriter:
         model.core.bind(hidden=self._hidden)
         self._num_submitted = 0
 
-    def answers(self, prompts: Iterator[str], seed: int, max_prompt_tokens: int) -> Iterator[Answer]:
+    def answers(
+        self, prompts: Iterator[str], seed: int, max_prompt_tokens: int
+    ) -> Iterator[Answer]:
         """Answers in the order in which they end, without end."""
         rng = random.Random(seed)
         parts: dict[int, list[NDArray[np.uint16]]] = {}
@@ -77,7 +79,9 @@ class AnswerWriter:
             for seq_id in self._step(sequences, parts):
                 seq, first = sequences.pop(seq_id)
                 hidden = np.concatenate(parts.pop(seq_id))
-                yield Answer(np.array(seq.token_ids, np.int32), seq.num_prompt_tokens, first, hidden)
+                yield Answer(
+                    np.array(seq.token_ids, np.int32), seq.num_prompt_tokens, first, hidden
+                )
 
     def _submit(self, prompt: str, rng: random.Random, max_prompt_tokens: int) -> Sequence | None:
         model = self._model
@@ -132,9 +136,7 @@ def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def write_shards(
-    folder: Path, answers: Iterator[Answer], num_tokens: int, report: Any
-) -> None:
+def write_shards(folder: Path, answers: Iterator[Answer], num_tokens: int, report: Any) -> None:
     """Write answers until the folder holds `num_tokens` answer tokens; what is there counts."""
     folder.mkdir(parents=True, exist_ok=True)
     done, shard = count_tokens(folder)

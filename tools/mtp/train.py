@@ -168,9 +168,7 @@ class Trainer:
             embedded = self._embedding[windows.token_ids[:, 1:]]
             outputs = self.module.unroll(windows.hidden, embedded, _EVALUATED_DRAFTS)
             wanted = self._draft_index[windows.token_ids[:, 2:]]  # (B, L - 1)
-            hits = [
-                (output[:, :-1] @ self._head.T).argmax(-1) == wanted for output in outputs
-            ]
+            hits = [(output[:, :-1] @ self._head.T).argmax(-1) == wanted for output in outputs]
             for row in range(len(wanted)):
                 positions = windows.is_answer[row].nonzero()[:, 0].tolist()
                 p, end = positions[0], positions[-1] + 1
