@@ -27,8 +27,8 @@ SIZES = (
 MAX_SURPRISE = 0.25
 COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
 OWN_RATE = 0.04  # and the measured size besides, once it is well known
-STALE_AFTER = 400.0  # times taken in, after which what a size's rests on counts 1 / e
-MAX_WEIGHT = 50.0
+STALE_AFTER = 100.0  # times taken in, after which what a size's rests on counts 1 / e
+MAX_WEIGHT = 20.0
 SEED_WEIGHT = 10.0
 LEAST_WEIGHT = 0.01
 REBUILD_EVERY = 8  # times taken in
@@ -39,17 +39,19 @@ class CostCurve:
     """Seconds by size, 1 … max_size."""
 
     def __init__(self, max_size: int) -> None:
-        last = bisect_left(SIZES, max_size)
-        self.sizes = (*SIZES[:last], max_size)
+        self.sizes = (*SIZES[: bisect_left(SIZES, max_size)], max_size)
         self._max_size = max_size
-        self._times_s = [0.0] * len(self.sizes)
-        # How many times stand behind each; 0: none, the neighbours decide.
+        # A size's time is what it was at first, times what was learned since, times what is the
+        # machine's speed of the moment and concerns all sizes.
+        self._first_s = [0.0] * len(self.sizes)
+        self._ratios = [1.0] * len(self.sizes)
+        self._common = 1.0
+        # How many times stand behind each ratio; 0: nothing is known of the size.
         self._weights = [0.0] * len(self.sizes)
-        self._common = 1.0  # multiplies all times: the machine's speed of the moment
-        self._curve: FloatArray = np.zeros(max_size + 1)
-        self._num_pending = 0
-        self._num_observed = 0
         self._last_seen = [0] * len(self.sizes)
+        self._num_observed = 0
+        self._num_pending = 0  # of these, not in the curve yet
+        self._curve: FloatArray = np.zeros(max_size + 1)
 
     @property
     def is_known(self) -> bool:
@@ -57,8 +59,9 @@ class CostCurve:
 
     def seed(self, size: int, time_s: float) -> None:
         """Take a careful measurement as the truth about one size."""
-        index = self._nearest(size)
-        self._times_s[index] = time_s / self._common
+        index = min(range(len(self.sizes)), key=lambda i: abs(self.sizes[i] - size))
+        self._first_s[index] = time_s / self._common
+        self._ratios[index] = 1.0
         self._weights[index] = SEED_WEIGHT
         self._last_seen[index] = self._num_observed
         self._rebuild()
@@ -72,12 +75,12 @@ class CostCurve:
             return
         self._num_observed += 1
         surprise = time_s / float(self._curve[size]) - 1.0
-        # Most of a lasting change is the machine's and concerns all sizes, those too that are not
-        # run at the moment: without this, a slower machine would look like a costlier size.
+        # Most of a lasting change concerns all sizes, those too that are not run at the moment:
+        # without this, a machine that got slower would look like a size that got dearer.
         self._common *= 1.0 + COMMON_RATE * _limited(surprise, MAX_SURPRISE)
         right = bisect_left(self.sizes, size)
         if self.sizes[right] == size:
-            self._correct(right, surprise)
+            self._correct(right, surprise, 1.0)
         else:
             low, high = self.sizes[right - 1], self.sizes[right]
             share = (size - low) / (high - low)
@@ -99,14 +102,17 @@ class CostCurve:
             if weight
         ]
 
-    def _correct(self, index: int, surprise: float, share: float = 1.0) -> None:
+    def _correct(self, index: int, surprise: float, share: float) -> None:
         weight = self._weight(index)
         if self._weights[index] == 0.0:
-            self._times_s[index] = float(self._curve[self.sizes[index]]) / self._common
-        # A size that is new or was not run for long learns fast, and from larger surprises.
+            size = self.sizes[index]
+            self._ratios[index] = float(np.interp(size, *self._fresh_ratios()))
+            now_s = float(self._curve[size])
+            self._first_s[index] = now_s / (self._common * self._ratios[index])
+        # A size that is new or was not run for long learns fast.
         rate = max(OWN_RATE, 1.0 / (weight + 2.0))
         limit = MAX_SURPRISE * (1.0 + rate)
-        self._times_s[index] *= 1.0 + rate * share * _limited(surprise, limit)
+        self._ratios[index] *= 1.0 + rate * share * _limited(surprise, limit)
         self._weights[index] = min(weight + share, MAX_WEIGHT)
         self._last_seen[index] = self._num_observed
 
@@ -115,16 +121,23 @@ class CostCurve:
         age = self._num_observed - self._last_seen[index]
         return self._weights[index] * math.exp(-age / STALE_AFTER)
 
-    def _nearest(self, size: int) -> int:
-        return min(range(len(self.sizes)), key=lambda index: abs(self.sizes[index] - size))
+    def _fresh_ratios(self) -> tuple[list[int], list[float]]:
+        """Sizes that were met lately, in ascending order, and their ratios; at least one."""
+        weights = [self._weight(index) for index in range(len(self.sizes))]
+        least = min(1.0, max(weights))
+        fresh = [index for index, weight in enumerate(weights) if weight >= least]
+        return [self.sizes[index] for index in fresh], [self._ratios[index] for index in fresh]
 
     def _rebuild(self) -> None:
+        self._num_pending = 0
         known = [index for index, weight in enumerate(self._weights) if weight]
         sizes = [self.sizes[index] for index in known]
-        times_s = never_falling(
-            [self._times_s[index] for index in known],
-            [self._weight(index) + LEAST_WEIGHT for index in known],
-        )
+        weights = np.array([self._weight(index) for index in known])
+        # A size that was not met for long keeps its place among the others, which moved on.
+        own = np.array([self._ratios[index] for index in known])
+        ratios = (weights * own + np.interp(sizes, *self._fresh_ratios())) / (weights + 1.0)
+        first_s = np.array([self._first_s[index] for index in known])
+        times_s = never_falling((first_s * ratios).tolist(), (weights + LEAST_WEIGHT).tolist())
         if len(sizes) == 1:
             slope = GUESSED_SLOPE * times_s[0]
             start_s = max(times_s[0] - slope * (sizes[0] - 1), 0.5 * times_s[0])
@@ -138,7 +151,6 @@ class CostCurve:
             sizes = [*sizes, self._max_size]
         curve = np.interp(np.arange(self._max_size + 1), sizes, times_s)
         self._curve = curve * self._common
-        self._num_pending = 0
 
 
 def _limited(value: float, limit: float) -> float:

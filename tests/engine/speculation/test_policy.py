@@ -82,22 +82,22 @@ def test_drafts_less_as_the_load_grows_and_more_when_it_is_gone() -> None:
     assert np.mean(world.num_verified[-100:]) > 0.8
     world.resize(48)
     world.run(300)
-    # Only probes are left, and hardly any time goes into them.
-    assert np.mean(world.num_verified[-100:]) < 0.5
+    # Of 48 sequences hardly a token is drafted, and hardly any time goes into probes.
+    assert np.mean(world.num_verified[-100:]) < 2.0
     assert world.run(300) > 0.99 * best_fixed_rate(world, drafter)
     world.resize(1)
     world.run(100)
     assert np.mean(world.num_verified[-50:]) > 0.8
 
 
-def test_a_step_that_got_dearer_is_noticed_and_one_that_got_cheaper_as_well() -> None:
+def test_a_machine_that_lost_a_core_is_noticed_and_one_that_got_it_back_as_well() -> None:
     world, drafter = make_world(linear, MIXED, 4)
     world.run(300)
-    world.step_s = compute_bound
-    world.run(600)
+    world.step_s = lambda num_tokens: 0.005 + 0.0009 * num_tokens
+    world.run(1500)
     assert world.run(300) > 0.95 * best_fixed_rate(world, drafter)
     world.step_s = linear
-    world.run(4500)  # 25 s of it
+    world.run(1500)
     assert world.run(300) > 0.95 * best_fixed_rate(world, drafter)
 
 
