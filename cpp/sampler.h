@@ -39,6 +39,7 @@ struct RowParams {
   int32_t num_logprobs = -1;   // -1: none wanted; else the number of alternatives
   int32_t noise_position = 0;  // index in the sequence of the token being sampled
   uint64_t seed = 0;
+  const int32_t* noise_ids = nullptr;    // (V,) ids that the noise is drawn for; null: the index
   const int32_t* history_ids = nullptr;  // (history_size,): prompt, then output
   int32_t history_size = 0;
   int32_t output_start = 0;            // index in history_ids of the first output token

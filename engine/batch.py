@@ -28,7 +28,8 @@ rows after it. What a running sequence needs in every step is written once, into
 #   sampled_ids int32 (R,)   the target where there is one; -1 where the row's logits are unusable
 #   sampled_logprobs float32 (R,) (only where num_logprobs >= 0)
 #   top_ids int32 (R, 20), top_logprobs float32 (R, 20)   descending, num_logprobs of them
-#   logits float32 (R, V), optional: bound by tests and tools only
+#   logits float32 (R, V), hidden float32 (T, D) after the final norm: optional, bound by tests and
+#       tools only
 
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
