@@ -42,6 +42,12 @@ class ModelDrafters:
         self._acceptance = acceptance
         self._num_probes = 0
 
+    def remove(self, name: str) -> None:
+        """Forget a drafter that cannot be asked any more."""
+        self.planners.pop(name, None)
+        if self.current == name:
+            self.current = next(iter(self.planners), None)
+
     def assign(
         self, step: StepDrafts, rate: float, probe_credit_s: float
     ) -> tuple[list[Ask], float]:

@@ -8,6 +8,7 @@ import pytest
 
 from engine.speculation.candidates import Candidate
 from engine.speculation.costs import Costs
+from engine.speculation.drafter import Draft
 from engine.speculation.policy import SpeculationPolicy
 from engine.speculation.report import report
 from tests.engine.speculation.simulation import (
@@ -167,6 +168,28 @@ def test_accepted_tokens_are_those_that_match_and_were_verified() -> None:
     assert counts.drafted_by_position == [3, 3, 2, 0]
     assert counts.accepted_by_position == [2, 1, 0, 0]
     assert policy.tally.depth_histogram[3] == 2
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+def test_a_drafter_that_fails_is_not_asked_again_and_the_others_are(is_free: bool) -> None:
+    clock = Clock()
+    broken = PlantedDrafter(clock, "broken", truth=GOOD, is_free=is_free)
+    other = PlantedDrafter(clock, "other", truth=GOOD, is_free=not is_free, proposes=0.9)
+    world = World(linear, clock, [broken, other])
+    world.run(50)
+
+    def fail(sequences: object, max_drafts: object) -> list[Draft]:
+        raise RuntimeError("out of range")
+
+    broken.propose = fail  # type: ignore[method-assign]
+    before = other.num_calls
+    world.run(100)
+    assert other.num_calls > before
+    assert np.mean(world.num_verified[-50:]) > 2
+    state = {drafter.name: drafter for drafter in report(world.policy).drafters}
+    assert not state["broken"].qualifies
+    assert "out of range" in state["broken"].status
+    assert state["other"].qualifies
 
 
 def test_says_what_it_does_and_why() -> None:
