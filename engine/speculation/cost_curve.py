@@ -43,19 +43,16 @@ class CostCurve:
         self._max_size = max_size
         # A size's time is what it was at first, times what was learned since, times what is the
         # machine's speed of the moment and concerns all sizes.
-        self._first_s = [0.0] * len(self.sizes)
-        self._ratios = [1.0] * len(self.sizes)
+        self._first_s = np.zeros(len(self.sizes))
+        self._ratios = np.ones(len(self.sizes))
         self._common = 1.0
         # How many times stand behind each ratio; 0: nothing is known of the size.
-        self._weights = [0.0] * len(self.sizes)
-        self._last_seen = [0] * len(self.sizes)
+        self._weights = np.zeros(len(self.sizes))
+        self._last_seen = np.zeros(len(self.sizes))
+        self.is_known = False  # whether any time was taken in
         self._num_observed = 0
         self._num_pending = 0  # of these, not in the curve yet
         self._curve: FloatArray = np.zeros(max_size + 1)
-
-    @property
-    def is_known(self) -> bool:
-        return any(self._weights)
 
     def seed(self, size: int, time_s: float) -> None:
         """Take a careful measurement as the truth about one size."""
@@ -64,6 +61,7 @@ class CostCurve:
         self._ratios[index] = 1.0
         self._weights[index] = SEED_WEIGHT
         self._last_seen[index] = self._num_observed
+        self.is_known = True
         self._rebuild()
 
     def observe(self, size: int, time_s: float) -> None:
@@ -103,12 +101,12 @@ class CostCurve:
         ]
 
     def _correct(self, index: int, surprise: float, share: float) -> None:
-        weight = self._weight(index)
+        age = self._num_observed - float(self._last_seen[index])
+        weight = float(self._weights[index]) * math.exp(-age / STALE_AFTER)
         if self._weights[index] == 0.0:
             size = self.sizes[index]
-            self._ratios[index] = float(np.interp(size, *self._fresh_ratios()))
-            now_s = float(self._curve[size])
-            self._first_s[index] = now_s / (self._common * self._ratios[index])
+            self._ratios[index] = np.interp(size, *self._fresh_ratios(self._current_weights()))
+            self._first_s[index] = self._curve[size] / (self._common * self._ratios[index])
         # A size that is new or was not run for long learns fast.
         rate = max(OWN_RATE, 1.0 / (weight + 2.0))
         limit = MAX_SURPRISE * (1.0 + rate)
@@ -116,28 +114,30 @@ class CostCurve:
         self._weights[index] = min(weight + share, MAX_WEIGHT)
         self._last_seen[index] = self._num_observed
 
-    def _weight(self, index: int) -> float:
-        """How many times stand behind a size, old ones counting less."""
-        age = self._num_observed - self._last_seen[index]
-        return self._weights[index] * math.exp(-age / STALE_AFTER)
+    def _current_weights(self) -> FloatArray:
+        """How many times stand behind each size, old ones counting less."""
+        weights: FloatArray = self._weights * np.exp(
+            (self._last_seen - self._num_observed) / STALE_AFTER
+        )
+        return weights
 
-    def _fresh_ratios(self) -> tuple[list[int], list[float]]:
+    def _fresh_ratios(self, weights: FloatArray) -> tuple[list[int], FloatArray]:
         """Sizes that were met lately, in ascending order, and their ratios; at least one."""
-        weights = [self._weight(index) for index in range(len(self.sizes))]
-        least = min(1.0, max(weights))
-        fresh = [index for index, weight in enumerate(weights) if weight >= least]
-        return [self.sizes[index] for index in fresh], [self._ratios[index] for index in fresh]
+        fresh = np.flatnonzero(weights >= min(1.0, float(weights.max())))
+        return [self.sizes[index] for index in fresh.tolist()], self._ratios[fresh]
 
     def _rebuild(self) -> None:
         self._num_pending = 0
-        known = [index for index, weight in enumerate(self._weights) if weight]
-        sizes = [self.sizes[index] for index in known]
-        weights = np.array([self._weight(index) for index in known])
+        known = np.flatnonzero(self._weights)
+        sizes = [self.sizes[index] for index in known.tolist()]
+        weights = self._current_weights()
         # A size that was not met for long keeps its place among the others, which moved on.
-        own = np.array([self._ratios[index] for index in known])
-        ratios = (weights * own + np.interp(sizes, *self._fresh_ratios())) / (weights + 1.0)
-        first_s = np.array([self._first_s[index] for index in known])
-        times_s = never_falling((first_s * ratios).tolist(), (weights + LEAST_WEIGHT).tolist())
+        others = np.interp(sizes, *self._fresh_ratios(weights))
+        weights = weights[known]
+        ratios = (weights * self._ratios[known] + others) / (weights + 1.0)
+        times_s = never_falling(
+            (self._first_s[known] * ratios).tolist(), (weights + LEAST_WEIGHT).tolist()
+        )
         if len(sizes) == 1:
             slope = GUESSED_SLOPE * times_s[0]
             start_s = max(times_s[0] - slope * (sizes[0] - 1), 0.5 * times_s[0])

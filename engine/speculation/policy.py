@@ -128,8 +128,11 @@ class SpeculationPolicy:
             return
         draft_s = self._clock() - began_s
         step.sunk_s += draft_s
-        cost = self.costs.drafter(ask.name, drafter.max_drafts)
-        cost.observe(len(ask.indices), max(ask.depths), draft_s)
+        planner = self.models.planners.get(ask.name)
+        if planner is not None:
+            planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
+        if not any(draft.token_ids for draft in drafts):
+            return
         seq_ids = [step.seq_ids[index] for index in ask.indices]
         rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
         survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
@@ -137,7 +140,6 @@ class SpeculationPolicy:
         for seq_id, draft in zip(seq_ids, drafts, strict=True):
             if draft.token_ids:
                 self._pending.setdefault(seq_id, []).append(draft)
-        planner = self.models.planners.get(ask.name)
         if planner is not None:
             for draft, depth in zip(drafts, ask.depths, strict=True):
                 if depth == planner.max_drafts:
@@ -153,7 +155,7 @@ class SpeculationPolicy:
     def _choose(self, step: StepDrafts) -> list[Draft]:
         """Cut the step's drafts to what pays."""
         emitted, num_tokens = float(len(step.candidates)), step.base_tokens
-        survivals = step.survivals
+        survivals = step.survivals if step.has_drafts else step.survivals[:, :0]
         if step.forced:
             forced = list(step.forced)
             emitted += float(survivals[forced].sum())
