@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from engine.speculation.candidates import Candidate
+from engine.speculation.candidates import Candidate, StepDrafts
 from engine.speculation.costs import Costs
 from engine.speculation.drafter import Draft
 from engine.speculation.policy import SpeculationPolicy
@@ -117,6 +117,18 @@ def test_a_free_draft_is_preferred_where_it_promises_more() -> None:
     assert 120 < model.num_calls - calls < 280
     tally = world.policy.tally.drafters
     assert tally["ngram"].num_accepted_tokens > tally["mtp"].num_accepted_tokens > 0
+
+
+def test_of_two_drafts_the_one_that_promises_more_stays() -> None:
+    step = StepDrafts([Candidate(sequence(i), 9) for i in range(2)], 0, np.ones(9), 3)
+    long, short = Draft("a", [1, 2, 3], [0, 0, 0]), Draft("b", [4], [0])
+    step.put([0, 1], [long, long], np.array([[0.9, 0.8, 0.7], [0.3, 0.2, 0.1]]), set())
+    step.put([0, 1], [short, short], np.array([[0.9], [0.9]]), set())
+    assert step.drafts == [long, short]
+    assert step.survivals.tolist() == [[0.9, 0.8, 0.7], [0.9, 0.0, 0.0]]
+    step.put([0], [short], np.array([[0.9]]), {0})
+    assert step.drafts[0] == short
+    assert step.forced == {0: 1}
 
 
 def named(drafter: str, num_drafts: int | None = None, max_drafts: int = 9) -> list[Candidate]:
