@@ -27,7 +27,7 @@ SIZES = (
 MAX_SURPRISE = 0.25
 COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
 OWN_RATE = 0.04  # and the measured size besides, once it is well known
-STALE_AFTER = 100.0  # times taken in, after which what a size's rests on counts 1 / e
+STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 20.0
 SEED_WEIGHT = 10.0
 LEAST_WEIGHT = 0.01
@@ -40,16 +40,17 @@ class CostCurve:
 
     def __init__(self, max_size: int) -> None:
         self.sizes = (*SIZES[: bisect_left(SIZES, max_size)], max_size)
+        self.is_known = False  # whether any time was taken in
         self._max_size = max_size
-        # A size's time is what it was at first, times what was learned since, times what is the
+        # A size's time is that of the seeds, times what was learned since, times what is the
         # machine's speed of the moment and concerns all sizes.
-        self._first_s = np.zeros(len(self.sizes))
+        self._seeds_s: dict[int, float] = {}
+        self._seeded_s: FloatArray = np.zeros(len(self.sizes))
         self._ratios = np.ones(len(self.sizes))
         self._common = 1.0
-        # How many times stand behind each ratio; 0: nothing is known of the size.
+        # How many times stand behind each ratio; 0: it is that of its neighbours.
         self._weights = np.zeros(len(self.sizes))
         self._last_seen = np.zeros(len(self.sizes))
-        self.is_known = False  # whether any time was taken in
         self._num_observed = 0
         self._num_pending = 0  # of these, not in the curve yet
         self._curve: FloatArray = np.zeros(max_size + 1)
@@ -57,10 +58,11 @@ class CostCurve:
     def seed(self, size: int, time_s: float) -> None:
         """Take a careful measurement as the truth about one size."""
         index = min(range(len(self.sizes)), key=lambda i: abs(self.sizes[i] - size))
-        self._first_s[index] = time_s / self._common
+        self._seeds_s[size] = time_s / self._common
         self._ratios[index] = 1.0
         self._weights[index] = SEED_WEIGHT
         self._last_seen[index] = self._num_observed
+        self._seeded_s = _through(self._seeds_s, self.sizes)
         self.is_known = True
         self._rebuild()
 
@@ -103,10 +105,10 @@ class CostCurve:
     def _correct(self, index: int, surprise: float, share: float) -> None:
         age = self._num_observed - float(self._last_seen[index])
         weight = float(self._weights[index]) * math.exp(-age / STALE_AFTER)
-        if self._weights[index] == 0.0:
-            size = self.sizes[index]
-            self._ratios[index] = np.interp(size, *self._fresh_ratios(self._current_weights()))
-            self._first_s[index] = self._curve[size] / (self._common * self._ratios[index])
+        if weight < 1.0:
+            # What is known of it is its place among the others.
+            weights = self._current_weights()
+            self._ratios[index] = np.interp(self.sizes[index], *self._fresh_ratios(weights))
         # A size that is new or was not run for long learns fast.
         rate = max(OWN_RATE, 1.0 / (weight + 2.0))
         limit = MAX_SURPRISE * (1.0 + rate)
@@ -128,29 +130,33 @@ class CostCurve:
 
     def _rebuild(self) -> None:
         self._num_pending = 0
-        known = np.flatnonzero(self._weights)
-        sizes = [self.sizes[index] for index in known.tolist()]
         weights = self._current_weights()
         # A size that was not met for long keeps its place among the others, which moved on.
-        others = np.interp(sizes, *self._fresh_ratios(weights))
-        weights = weights[known]
-        ratios = (weights * self._ratios[known] + others) / (weights + 1.0)
+        others = np.interp(self.sizes, *self._fresh_ratios(weights))
+        ratios = (weights * self._ratios + others) / (weights + 1.0)
         times_s = never_falling(
-            (self._first_s[known] * ratios).tolist(), (weights + LEAST_WEIGHT).tolist()
+            (self._seeded_s * ratios).tolist(), (weights + LEAST_WEIGHT).tolist()
         )
-        if len(sizes) == 1:
-            slope = GUESSED_SLOPE * times_s[0]
-            start_s = max(times_s[0] - slope * (sizes[0] - 1), 0.5 * times_s[0])
-        else:
-            slope = (times_s[-1] - times_s[-2]) / (sizes[-1] - sizes[-2])
-            start_s = times_s[0]
-        if sizes[0] > 1:
-            sizes, times_s = [1, *sizes], [start_s, *times_s]
-        if sizes[-1] < self._max_size:
-            times_s = [*times_s, times_s[-1] + slope * (self._max_size - sizes[-1])]
-            sizes = [*sizes, self._max_size]
-        curve = np.interp(np.arange(self._max_size + 1), sizes, times_s)
+        curve = np.interp(np.arange(self._max_size + 1), self.sizes, times_s)
         self._curve = curve * self._common
+
+
+def _through(seeds_s: dict[int, float], sizes: Row[int]) -> FloatArray:
+    """Times at `sizes` on straight lines through the seeds, and beyond the last as before it."""
+    known = sorted(seeds_s)
+    times_s = [seeds_s[size] for size in known]
+    if len(known) == 1:
+        slope = GUESSED_SLOPE * times_s[0]
+        start_s = max(times_s[0] - slope * (known[0] - 1), 0.5 * times_s[0])
+    else:
+        slope = max(0.0, (times_s[-1] - times_s[-2]) / (known[-1] - known[-2]))
+        start_s = times_s[0]
+    if known[0] > 1:
+        known, times_s = [1, *known], [start_s, *times_s]
+    if known[-1] < sizes[-1]:
+        times_s = [*times_s, times_s[-1] + slope * (sizes[-1] - known[-1])]
+        known = [*known, sizes[-1]]
+    return np.interp(sizes, known, times_s)
 
 
 def _limited(value: float, limit: float) -> float:
