@@ -44,7 +44,9 @@ struct Batch {
   int32_t* top_ids = nullptr;         // (R, kMaxLogprobs)
   float* top_logprobs = nullptr;      // (R, kMaxLogprobs)
   float* logits = nullptr;            // (R, V), optional
-  float* hidden = nullptr;            // (T, D) after the final norm, optional
+  // Hidden states after the final norm, optional: token t's goes to row hidden_rows[t], if any.
+  float* hidden = nullptr;               // (any, D)
+  const int32_t* hidden_rows = nullptr;  // (T,), -1: not wanted
 };
 
 // Capacities of the bound buffers.
@@ -56,6 +58,7 @@ struct Limits {
   int64_t history_ids = 0;
   int64_t bias_ids = 0;
   int64_t logits_rows = 0;  // rows of the optional logits buffer
+  int64_t hidden_rows = 0;  // rows of the optional hidden states
 };
 
 }  // namespace fulcrum

@@ -12,6 +12,7 @@ namespace py = pybind11;
 
 void bind_bench(py::module_& m);
 void bind_draft(py::module_& m);
+void bind_ledger(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_ngram(py::module_& m);
 void bind_ops(py::module_& m);
@@ -133,6 +134,8 @@ void bind_model(py::module_& m) {
                              })
       .def_property_readonly("weights_bytes",
                              [](const BoundModel& self) { return self.model.weights_bytes(); })
+      .def_property_readonly("activation_bytes",
+                             [](const BoundModel& self) { return self.model.activation_bytes(); })
       .def_property_readonly("num_threads",
                              [](const BoundModel& self) { return self.model.num_threads(); })
       .def_property_readonly("isa", [](const BoundModel& self) { return self.model.isa(); });
@@ -148,6 +151,7 @@ PYBIND11_MODULE(fulcrum_core, m) {
   fulcrum::bind_model(m);
   bind_bench(m);
   bind_draft(m);
+  bind_ledger(m);
   bind_linear(m);
   bind_ngram(m);
   bind_ops(m);

@@ -48,9 +48,9 @@ class BoundDrafter {
     require_size(in.get("top_k", &texts->top_k), lanes, "top_k");
     require_size(in.get("seed", &texts->seed), lanes, "seed");
     float* hidden = nullptr;
-    texts->hidden_rows =
-        static_cast<int>(in.get_writable("hidden", &hidden, hidden_size_, /*optional=*/true));
+    const int64_t rows = in.get_writable("hidden", &hidden, hidden_size_, /*optional=*/true);
     texts->hidden = hidden;
+    texts->hidden_window = static_cast<int>(rows / lanes);
   }
 
   void fill_call(const BoundBuffers& in, DraftCall* call) const {
@@ -61,7 +61,6 @@ class BoundDrafter {
     column("begin", &call->begin);
     column("end", &call->end);
     column("start", &call->start);
-    column("hidden_row", &call->hidden_row);
     column("num_drafts", &call->num_drafts);
     const auto result = [&](const char* name, auto** pointer, int64_t width) {
       require_size(in.get_writable(name, pointer, width, false), max_sequences_, name);

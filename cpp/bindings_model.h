@@ -135,9 +135,10 @@ class BoundModel {
     require(in.get_writable("top_logprobs", &b->top_logprobs, kMaxLogprobs, false), R,
             "top_logprobs");
     limits->logits_rows = in.get_writable("logits", &b->logits, model.config().vocab_size, true);
-    const int64_t hidden_rows =
-        in.get_writable("hidden", &b->hidden, model.config().hidden_size, true);
-    if (b->hidden != nullptr) require(hidden_rows, limits->max_tokens, "hidden");
+    limits->hidden_rows = in.get_writable("hidden", &b->hidden, model.config().hidden_size, true);
+    if (b->hidden != nullptr) {
+      require(in.get("hidden_rows", &b->hidden_rows), limits->max_tokens, "hidden_rows");
+    }
   }
 
   BoundBuffers buffers_;

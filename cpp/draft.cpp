@@ -95,10 +95,8 @@ void Drafter::check(int num_sequences) const {
     require(text_length(s) + call_.num_drafts[s] - 1 <= int64_t{texts_.max_blocks} * kBlockSize,
             "too few blocks");
     num_tokens += call_.end[s] - call_.begin[s];
-    if (!model_.config().reads_hidden) continue;
-    require(call_.hidden_row[s] >= 0 &&
-                call_.hidden_row[s] + call_.end[s] - call_.begin[s] <= texts_.hidden_rows,
-            "hidden_row");
+    require(!model_.config().reads_hidden || call_.end[s] - call_.begin[s] <= texts_.hidden_window,
+            "hidden states that are gone");
   }
   // Its own hidden states live for one step.
   require(!model_.config().reads_hidden || num_tokens <= max_tokens_, "too many tokens");
@@ -136,8 +134,9 @@ void Drafter::catch_up(int num_sequences) {
   for (int s = 0; s < num_sequences; ++s) {
     const int32_t* tokens = texts_.tokens + int64_t{call_.lanes[s]} * texts_.max_length;
     for (int p = call_.begin[s]; p < call_.end[s]; ++p) {
-      add_token(s, p, tokens[reads_hidden ? p + 1 : p],
-                reads_hidden ? call_.hidden_row[s] + p - call_.begin[s] : 0);
+      add_token(
+          s, p, tokens[reads_hidden ? p + 1 : p],
+          reads_hidden ? call_.lanes[s] * texts_.hidden_window + p % texts_.hidden_window : 0);
       const bool is_last = p + 1 == call_.end[s];
       if (!is_last && !is_full()) continue;
       end_sequence(s, p + 1 - call_.start[s], text_length(s), is_last && call_.num_drafts[s] > 0);

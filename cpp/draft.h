@@ -21,9 +21,10 @@ struct DraftTexts {
   const uint64_t* seed = nullptr;
   int num_lanes = 0;
   int max_length = 0;
-  int max_blocks = 0;             // M
-  const float* hidden = nullptr;  // (T, D) of the target's last step, where the model reads them
-  int hidden_rows = 0;
+  int max_blocks = 0;  // M
+  // The target's last hidden states, where the model reads them: that of position p in row p % W.
+  const float* hidden = nullptr;  // (lanes * W, D)
+  int hidden_window = 0;          // W
 };
 
 // What a call is asked for, and what it gives. B sequences, K drafts at most.
@@ -34,7 +35,6 @@ struct DraftCall {
   const int32_t* begin = nullptr;       // (B,)
   const int32_t* end = nullptr;         // (B,)
   const int32_t* start = nullptr;       // (B,) a multiple of kBlockSize: what lies before is unseen
-  const int32_t* hidden_row = nullptr;  // (B,) row of the hidden state of `begin`
   const int32_t* num_drafts = nullptr;  // (B,) wanted, 0: only catch up
   int32_t* draft_ids = nullptr;         // (B, K)
   float* draft_probs = nullptr;         // (B, K) of the draft itself, before temperature

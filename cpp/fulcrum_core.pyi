@@ -90,6 +90,16 @@ class Config:
     rope_attention_factor: float  # multiplies cos and sin (yarn); 1 otherwise
     def __init__(self) -> None: ...
 
+BLOCK_SIZE: int  # tokens per KV block
+
+def kv_block_bytes(config: Config, dtype: str) -> int:
+    """Bytes of a KV block of all layers in "bf16" or "int8", scales included."""
+
+def activation_bytes(
+    config: Config, num_threads: int, max_tokens: int, max_blocks_per_seq: int
+) -> int:
+    """Bytes that Model.bind allocates for batches of this size."""
+
 class Model:
     """Weights, KV cache and thread pool. One thread drives it."""
 
@@ -136,6 +146,7 @@ class Model:
     kv_bytes_per_block: int  # of the allocated cache's dtype
     kv_dtype: str
     weights_bytes: int
+    activation_bytes: int  # of the state that bind allocated
     num_threads: int
     isa: str
 

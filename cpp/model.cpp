@@ -66,14 +66,39 @@ void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* m
   memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
 }
 
+int64_t max_attention_parts(int num_threads, int max_blocks_per_seq) {
+  const int num_segments = attention_segments(0, max_blocks_per_seq * kBlockSize, 0).end;
+  return int64_t{kMaxPartedUnits} * num_threads * num_segments;
+}
+
+int64_t attention_parts_bytes(int64_t num_parts, int head_dim) {
+  return num_parts * attention_state_floats(kMaxPartRows, head_dim) * sizeof(float);
+}
+
 }  // namespace
+
+int64_t Model::activation_bytes(const Config& config, int num_threads, int max_tokens,
+                                int max_blocks_per_seq) {
+  RunState s;
+  Carver sizes;
+  lay_out(config, max_tokens, num_threads, &sizes, &s);
+  const int64_t scratch = attention_scratch_floats(config.head_dim) * sizeof(float) +
+                          SamplerScratch(config.vocab_size).bytes();
+  const int64_t num_parts = max_attention_parts(num_threads, max_blocks_per_seq);
+  return sizes.bytes + num_threads * scratch + attention_parts_bytes(num_parts, config.head_dim);
+}
+
+int64_t Model::activation_bytes() const {
+  int64_t bytes = state_.memory.bytes() + attention_states_.bytes();
+  for (const Buffer& scratch : state_.attention_scratch) bytes += scratch.bytes();
+  for (const SamplerScratch& scratch : state_.sampler_scratch) bytes += scratch.bytes();
+  return bytes;
+}
 
 void Model::bind(const Batch& batch, const Limits& limits) {
   pool_->wait_until_idle();
-  const int num_segments = attention_segments(0, limits.max_blocks_per_seq * kBlockSize, 0).end;
-  const int64_t num_parts = int64_t{kMaxPartedUnits} * num_threads() * num_segments;
-  const int64_t bytes =
-      num_parts * attention_state_floats(kMaxPartRows, config_.head_dim) * sizeof(float);
+  const int64_t num_parts = max_attention_parts(num_threads(), limits.max_blocks_per_seq);
+  const int64_t bytes = attention_parts_bytes(num_parts, config_.head_dim);
   if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
   parts_.reserve(num_parts);
   tiles_.reserve(limits.max_tokens);
@@ -110,6 +135,7 @@ void Model::check(const Step& step) const {
   for (int t = 0; t < step.num_tokens; ++t) {
     require(b.token_ids[t] >= 0 && b.token_ids[t] < config_.vocab_size, "token id out of range");
     require(b.slot_mapping[t] >= 0 && b.slot_mapping[t] < num_slots, "slot out of range");
+    require(b.hidden == nullptr || b.hidden_rows[t] < limits_.hidden_rows, "hidden row");
   }
   require(b.query_start[0] == 0 && b.query_start[step.num_sequences] == step.num_tokens,
           "query_start does not cover the tokens");
@@ -340,24 +366,28 @@ void Model::norm_final(int64_t t, float* out) {
   vector_->rms_norm(hidden, weights_.final_norm.data(), c.norm_eps, c.hidden_size, out);
 }
 
-// Logits of the rows that need them, a chunk at a time, and their samples. Where somebody wants
-// the final hidden states, those of all tokens are normed first.
+// Logits of the rows that need them, a chunk at a time, and their samples. The hidden states that
+// somebody wants are normed first, all at once.
 void Model::sample(const Step& step, int thread) {
   const Config& c = config_;
   const int D = c.hidden_size, V = head().packed.N;
   const Activations normed = activations(state_.shared.normed, D, state_.shared);
-  float* const final_hidden = batch_.hidden;
-  if (final_hidden != nullptr) {
-    for_units(thread, step.num_tokens,
-              [&](int t) { norm_final(t, final_hidden + int64_t{t} * D); });
+  const auto kept = [&](int64_t t) -> float* {
+    if (batch_.hidden == nullptr || batch_.hidden_rows[t] < 0) return nullptr;
+    return batch_.hidden + int64_t{batch_.hidden_rows[t]} * D;
+  };
+  if (batch_.hidden != nullptr) {
+    for_units(thread, step.num_tokens, [&](int t) {
+      if (float* row = kept(t)) norm_final(t, row);
+    });
   }
   for (int first = 0; first < step.num_rows; first += kLogitsChunk) {
     const int num_rows = std::min(kLogitsChunk, step.num_rows - first);
     for_units(thread, num_rows, [&](int i) {
       const int64_t t = batch_.logits_rows[first + i];
       float* row = state_.shared.normed + int64_t{i} * D;
-      if (final_hidden != nullptr) {
-        std::copy_n(final_hidden + t * D, D, row);
+      if (const float* known = kept(t)) {
+        std::copy_n(known, D, row);
       } else {
         norm_final(t, row);
       }

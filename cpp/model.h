@@ -152,6 +152,11 @@ class Model final : private ThreadPool::Job {
   // read or write outside of what is bound, before anything is computed.
   void step(int num_tokens, int num_sequences, int num_rows);
 
+  // Bytes that bind() allocates for such a model and batch, known before anything is loaded.
+  static int64_t activation_bytes(const Config& config, int num_threads, int max_tokens,
+                                  int max_blocks_per_seq);
+  int64_t activation_bytes() const;  // allocated now
+
   const Config& config() const { return config_; }
   // The residual stream of the last step, (T, D): what a module that reads hidden states is given
   // when it goes on from its own output. Complete for rows that needed logits.

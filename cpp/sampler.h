@@ -19,6 +19,7 @@
 // set. Log probabilities are those of the row as it came in: step 1 has not touched it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -69,6 +70,8 @@ struct RowResult {
 // Buffers of one thread, allocated once for the largest vocabulary it will see.
 struct SamplerScratch {
   explicit SamplerScratch(int V);
+
+  size_t bytes() const;
 
   std::vector<float> block_max;  // largest value of each block of the row
   std::vector<float> weights;    // (V + 1,) candidates' weights; one more is written, then dropped

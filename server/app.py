@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from server import auth, chat, completions, models, operations
+from server import auth, chat, completions, control, models, openapi, operations, page
 from server.admission import Limits
 from server.engine_client import EngineClient, EngineFactory
 from server.errors import ApiError
@@ -31,9 +31,15 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def create_app(
-    model: ServedModel, settings: Settings, make_engine: EngineFactory
+    model: ServedModel,
+    settings: Settings,
+    make_engine: EngineFactory,
+    optimizer: control.Optimizer | None = None,
 ) -> web.Application:
-    """An app that starts its engine with `make_engine(on_report)` and stops it at the end."""
+    """An app that starts its engine with `make_engine(on_report)` and stops it at the end.
+
+    Without an `optimizer` the control plane's endpoints answer 404.
+    """
     middlewares: list[Middleware] = [_answer]
     if settings.api_key is not None:
         middlewares.append(auth.require_key(settings.api_key))
@@ -53,6 +59,9 @@ def create_app(
     app.on_response_prepare.append(_set_request_id)
     app.cleanup_ctx.append(_engine)
     app.cleanup_ctx.append(_watchdog)
+    if optimizer is not None:
+        control.set_up(app, optimizer)
+    app.add_routes(page.ROUTES)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat.chat_completions),
@@ -64,6 +73,7 @@ def create_app(
             web.get("/health", operations.health),
             web.get("/metrics", operations.metrics),
             web.get("/version", operations.version),
+            web.get("/openapi.json", openapi.openapi),
         ]
     )
     return app
@@ -108,7 +118,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.transport is not None:
             status = response.status
     finally:
-        if request.path not in auth.OPEN_PATHS:
+        if not auth.is_open(request.path):
             _log_access(request, status, time.monotonic() - began_s)
     return response
 

@@ -210,6 +210,12 @@ const char* describe(RowError error) {
 SamplerScratch::SamplerScratch(int V)
     : block_max(num_blocks(V)), weights(V + 1), ids(V + 1), keys(V), raw(V), counts(V) {}
 
+size_t SamplerScratch::bytes() const {
+  const auto bytes_of = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  return bytes_of(block_max) + bytes_of(weights) + bytes_of(ids) + bytes_of(keys) + bytes_of(raw) +
+         bytes_of(counts);
+}
+
 void sample_row(const RowParams& p, float* logits, int V, SamplerScratch& s, RowResult* out) {
   assert(V > 0 && static_cast<size_t>(V) <= s.counts.size());
   *out = RowResult{};
