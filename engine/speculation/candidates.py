@@ -19,7 +19,8 @@ class Candidate(msgspec.Struct, gc=False):
     sequence: Sequence
     max_drafts: int  # room for drafted tokens in its limits and blocks; 0: none
     drafter: str = "auto"  # or "off", or the name of the only one that may be asked
-    num_drafts: int | None = None  # with a name: exactly so many if there are, paying or not
+    # With a name: exactly so many where there are, paying or not; at least 1.
+    num_drafts: int | None = None
 
 
 class StepDrafts:
@@ -30,6 +31,7 @@ class StepDrafts:
         "candidates",
         "drafts",
         "forced",
+        "has_drafts",
         "open",
         "seq_ids",
         "sunk_s",
@@ -57,6 +59,7 @@ class StepDrafts:
         self.drafts: list[Draft] = [NO_DRAFT] * count
         self.survivals = np.zeros((count, max_drafts))
         self.forced: dict[int, int] = {}  # drafted tokens to verify whatever they promise
+        self.has_drafts = False
         self.sunk_s = 0.0  # spent on drafting
 
     def with_drafter(self, name: str) -> list[int]:
@@ -69,8 +72,10 @@ class StepDrafts:
         limits = []
         for index in indices:
             candidate = self.candidates[index]
-            wanted = most if candidate.num_drafts is None else candidate.num_drafts
-            limits.append(wanted if wanted < candidate.max_drafts else candidate.max_drafts)
+            limit = most if most < candidate.max_drafts else candidate.max_drafts
+            if candidate.num_drafts is not None:
+                limit = min(limit, candidate.num_drafts)
+            limits.append(limit)
         return limits
 
     def seconds(self, num_drafted: int) -> float:
@@ -98,6 +103,7 @@ class StepDrafts:
                 continue
             is_forced = index in forced or self.candidates[index].num_drafts is not None
             if promises[row] > promised[row] or is_forced:
+                self.has_drafts = True
                 self.drafts[index] = draft
                 own = self.survivals[index]
                 own[:width] = survivals[row]

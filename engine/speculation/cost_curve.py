@@ -27,8 +27,8 @@ SIZES = (
 MAX_SURPRISE = 0.25
 COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
 OWN_RATE = 0.04  # and the measured size besides, once it is well known
-STALE_AFTER = 400.0  # times taken in, after which what a size's rests on counts 1 / e
-MAX_WEIGHT = 50.0
+STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
+MAX_WEIGHT = 20.0
 SEED_WEIGHT = 10.0
 LEAST_WEIGHT = 0.01
 REBUILD_EVERY = 8  # times taken in
@@ -39,28 +39,31 @@ class CostCurve:
     """Seconds by size, 1 … max_size."""
 
     def __init__(self, max_size: int) -> None:
-        last = bisect_left(SIZES, max_size)
-        self.sizes = (*SIZES[:last], max_size)
+        self.sizes = (*SIZES[: bisect_left(SIZES, max_size)], max_size)
+        self.is_known = False  # whether any time was taken in
         self._max_size = max_size
-        self._times_s = [0.0] * len(self.sizes)
-        # How many times stand behind each; 0: none, the neighbours decide.
-        self._weights = [0.0] * len(self.sizes)
-        self._common = 1.0  # multiplies all times: the machine's speed of the moment
-        self._curve: FloatArray = np.zeros(max_size + 1)
-        self._num_pending = 0
+        # A size's time is that of the seeds, times what was learned since, times what is the
+        # machine's speed of the moment and concerns all sizes.
+        self._seeds_s: dict[int, float] = {}
+        self._seeded_s: FloatArray = np.zeros(len(self.sizes))
+        self._ratios = np.ones(len(self.sizes))
+        self._common = 1.0
+        # How many times stand behind each ratio; 0: it is that of its neighbours.
+        self._weights = np.zeros(len(self.sizes))
+        self._last_seen = np.zeros(len(self.sizes))
         self._num_observed = 0
-        self._last_seen = [0] * len(self.sizes)
-
-    @property
-    def is_known(self) -> bool:
-        return any(self._weights)
+        self._num_pending = 0  # of these, not in the curve yet
+        self._curve: FloatArray = np.zeros(max_size + 1)
 
     def seed(self, size: int, time_s: float) -> None:
         """Take a careful measurement as the truth about one size."""
-        index = self._nearest(size)
-        self._times_s[index] = time_s / self._common
+        index = min(range(len(self.sizes)), key=lambda i: abs(self.sizes[i] - size))
+        self._seeds_s[size] = time_s / self._common
+        self._ratios[index] = 1.0
         self._weights[index] = SEED_WEIGHT
         self._last_seen[index] = self._num_observed
+        self._seeded_s = _through(self._seeds_s, self.sizes)
+        self.is_known = True
         self._rebuild()
 
     def observe(self, size: int, time_s: float) -> None:
@@ -72,12 +75,12 @@ class CostCurve:
             return
         self._num_observed += 1
         surprise = time_s / float(self._curve[size]) - 1.0
-        # Most of a lasting change is the machine's and concerns all sizes, those too that are not
-        # run at the moment: without this, a slower machine would look like a costlier size.
+        # Most of a lasting change concerns all sizes, those too that are not run at the moment:
+        # without this, a machine that got slower would look like a size that got dearer.
         self._common *= 1.0 + COMMON_RATE * _limited(surprise, MAX_SURPRISE)
         right = bisect_left(self.sizes, size)
         if self.sizes[right] == size:
-            self._correct(right, surprise)
+            self._correct(right, surprise, 1.0)
         else:
             low, high = self.sizes[right - 1], self.sizes[right]
             share = (size - low) / (high - low)
@@ -99,46 +102,61 @@ class CostCurve:
             if weight
         ]
 
-    def _correct(self, index: int, surprise: float, share: float = 1.0) -> None:
-        weight = self._weight(index)
-        if self._weights[index] == 0.0:
-            self._times_s[index] = float(self._curve[self.sizes[index]]) / self._common
-        # A size that is new or was not run for long learns fast, and from larger surprises.
+    def _correct(self, index: int, surprise: float, share: float) -> None:
+        age = self._num_observed - float(self._last_seen[index])
+        weight = float(self._weights[index]) * math.exp(-age / STALE_AFTER)
+        if weight < 1.0:
+            # What is known of it is its place among the others.
+            weights = self._current_weights()
+            self._ratios[index] = np.interp(self.sizes[index], *self._fresh_ratios(weights))
+        # A size that is new or was not run for long learns fast.
         rate = max(OWN_RATE, 1.0 / (weight + 2.0))
         limit = MAX_SURPRISE * (1.0 + rate)
-        self._times_s[index] *= 1.0 + rate * share * _limited(surprise, limit)
+        self._ratios[index] *= 1.0 + rate * share * _limited(surprise, limit)
         self._weights[index] = min(weight + share, MAX_WEIGHT)
         self._last_seen[index] = self._num_observed
 
-    def _weight(self, index: int) -> float:
-        """How many times stand behind a size, old ones counting less."""
-        age = self._num_observed - self._last_seen[index]
-        return self._weights[index] * math.exp(-age / STALE_AFTER)
+    def _current_weights(self) -> FloatArray:
+        """How many times stand behind each size, old ones counting less."""
+        weights: FloatArray = self._weights * np.exp(
+            (self._last_seen - self._num_observed) / STALE_AFTER
+        )
+        return weights
 
-    def _nearest(self, size: int) -> int:
-        return min(range(len(self.sizes)), key=lambda index: abs(self.sizes[index] - size))
+    def _fresh_ratios(self, weights: FloatArray) -> tuple[list[int], FloatArray]:
+        """Sizes that were met lately, in ascending order, and their ratios; at least one."""
+        fresh = np.flatnonzero(weights >= min(1.0, float(weights.max())))
+        return [self.sizes[index] for index in fresh.tolist()], self._ratios[fresh]
 
     def _rebuild(self) -> None:
-        known = [index for index, weight in enumerate(self._weights) if weight]
-        sizes = [self.sizes[index] for index in known]
-        times_s = never_falling(
-            [self._times_s[index] for index in known],
-            [self._weight(index) + LEAST_WEIGHT for index in known],
-        )
-        if len(sizes) == 1:
-            slope = GUESSED_SLOPE * times_s[0]
-            start_s = max(times_s[0] - slope * (sizes[0] - 1), 0.5 * times_s[0])
-        else:
-            slope = (times_s[-1] - times_s[-2]) / (sizes[-1] - sizes[-2])
-            start_s = times_s[0]
-        if sizes[0] > 1:
-            sizes, times_s = [1, *sizes], [start_s, *times_s]
-        if sizes[-1] < self._max_size:
-            times_s = [*times_s, times_s[-1] + slope * (self._max_size - sizes[-1])]
-            sizes = [*sizes, self._max_size]
-        curve = np.interp(np.arange(self._max_size + 1), sizes, times_s)
-        self._curve = curve * self._common
         self._num_pending = 0
+        weights = self._current_weights()
+        # A size that was not met for long keeps its place among the others, which moved on.
+        others = np.interp(self.sizes, *self._fresh_ratios(weights))
+        ratios = (weights * self._ratios + others) / (weights + 1.0)
+        times_s = never_falling(
+            (self._seeded_s * ratios).tolist(), (weights + LEAST_WEIGHT).tolist()
+        )
+        curve = np.interp(np.arange(self._max_size + 1), self.sizes, times_s)
+        self._curve = curve * self._common
+
+
+def _through(seeds_s: dict[int, float], sizes: Row[int]) -> FloatArray:
+    """Times at `sizes` on straight lines through the seeds, and beyond the last as before it."""
+    known = sorted(seeds_s)
+    times_s = [seeds_s[size] for size in known]
+    if len(known) == 1:
+        slope = GUESSED_SLOPE * times_s[0]
+        start_s = max(times_s[0] - slope * (known[0] - 1), 0.5 * times_s[0])
+    else:
+        slope = max(0.0, (times_s[-1] - times_s[-2]) / (known[-1] - known[-2]))
+        start_s = times_s[0]
+    if known[0] > 1:
+        known, times_s = [1, *known], [start_s, *times_s]
+    if known[-1] < sizes[-1]:
+        times_s = [*times_s, times_s[-1] + slope * (sizes[-1] - known[-1])]
+        known = [*known, sizes[-1]]
+    return np.interp(sizes, known, times_s)
 
 
 def _limited(value: float, limit: float) -> float:

@@ -42,6 +42,12 @@ class ModelDrafters:
         self._acceptance = acceptance
         self._num_probes = 0
 
+    def remove(self, name: str) -> None:
+        """Forget a drafter that cannot be asked any more."""
+        self.planners.pop(name, None)
+        if self.current == name:
+            self.current = next(iter(self.planners), None)
+
     def assign(
         self, step: StepDrafts, rate: float, probe_credit_s: float
     ) -> tuple[list[Ask], float]:
@@ -74,8 +80,8 @@ class ModelDrafters:
         self, step: StepDrafts, name: str, auto: list[int], rate: float, token_price: float
     ) -> list[int]:
         """Those of `auto` that have no draft, or a worse one than the drafter promises."""
-        if not auto:
-            return []
+        if not auto or not step.has_drafts:
+            return auto
         planner = self.planners[name]
         gains = planner.mean_gains(token_price)
         draft_times_s = planner.cost.times_s(len(auto), step.times_s)[1:]

@@ -41,6 +41,9 @@ def choose_counts(
     longer, so that one more token costs relatively less.
     """
     num_drafts, width = survivals.shape
+    if width == 0:
+        rate = base_emitted / float(times_s[min(base_tokens, len(times_s) - 1)])
+        return Choice([0] * num_drafts, 0, base_emitted, rate, rate)
     flat = survivals.ravel()
     # Stable: of equal survivals the earlier position comes first, and a draft's never rise.
     order = np.argsort(-flat, kind="stable")
@@ -55,7 +58,7 @@ def choose_counts(
     best = int(rates.argmax())
     if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
         best = 0
-    owners = order[:best] // max(width, 1)
+    owners = order[:best] // width
     return Choice(
         np.bincount(owners, minlength=num_drafts).tolist(),
         best,
@@ -102,7 +105,15 @@ def rates_by_depth(
 
 
 def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:
-    """Return the depth of the highest rate, or the current one unless that is clearly better."""
+    """Return the depth of the highest rate, or the current one unless that is clearly better.
+
+    Depth 0 is returned to without a margin, and left only for twice of it: where it is a close
+    call, a draft costs time for nothing.
+    """
     best = int(rates.argmax())
     current = min(current, len(rates) - 1)
+    if best == 0:
+        return 0
+    if current == 0:
+        margin *= 2.0
     return best if rates[best] > (1.0 + margin) * rates[current] else current

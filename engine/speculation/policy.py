@@ -4,6 +4,7 @@ The scheduler calls `draft` before a step that decodes, `observe` for each seque
 advanced, and `observe_step` once; all on the engine thread.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Row
@@ -16,8 +17,10 @@ from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
 from engine.speculation.tally import Tally
 
+log = logging.getLogger(__name__)
+
 PROBE_TIME_SHARE = 0.005  # of all step time, at most, for drafts that are not expected to pay
-MAX_PROBE_CREDIT_S = 0.1
+MAX_PROBE_CREDIT_S = 0.03
 FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
 # Under load, after so many steps in which nothing paid, only every fourth step is looked at.
@@ -76,7 +79,7 @@ class SpeculationPolicy:
         step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
         if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
             return step.drafts
-        for drafter in self._free:
+        for drafter in tuple(self._free):
             indices = step.with_drafter("auto") + step.with_drafter(drafter.name)
             depths = step.limits(indices, drafter.max_drafts)
             self._ask(step, Ask(drafter.name, indices, depths))
@@ -117,11 +120,19 @@ class SpeculationPolicy:
             return
         drafter, acceptance = self.drafters[ask.name], self.acceptance[ask.name]
         began_s = self._clock()
-        drafts = drafter.propose([step.candidates[i].sequence for i in ask.indices], ask.depths)
+        try:
+            drafts = drafter.propose([step.candidates[i].sequence for i in ask.indices], ask.depths)
+        except Exception as error:
+            log.exception("the drafter %s failed; it is not asked any more", ask.name)
+            self._disable(ask.name, f"it failed: {error!r}")
+            return
         draft_s = self._clock() - began_s
         step.sunk_s += draft_s
-        cost = self.costs.drafter(ask.name, drafter.max_drafts)
-        cost.observe(len(ask.indices), max(ask.depths), draft_s)
+        planner = self.models.planners.get(ask.name)
+        if planner is not None:
+            planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
+        if not any(draft.token_ids for draft in drafts):
+            return
         seq_ids = [step.seq_ids[index] for index in ask.indices]
         rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
         survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
@@ -129,16 +140,22 @@ class SpeculationPolicy:
         for seq_id, draft in zip(seq_ids, drafts, strict=True):
             if draft.token_ids:
                 self._pending.setdefault(seq_id, []).append(draft)
-        planner = self.models.planners.get(ask.name)
         if planner is not None:
             for draft, depth in zip(drafts, ask.depths, strict=True):
                 if depth == planner.max_drafts:
                     planner.add_profile(draft)
 
+    def _disable(self, name: str, reason: str) -> None:
+        """Go on without a drafter: text never depends on one."""
+        self.unavailable[name] = reason
+        self._free = [drafter for drafter in self._free if drafter.name != name]
+        self.models.remove(name)
+        del self.drafters[name]
+
     def _choose(self, step: StepDrafts) -> list[Draft]:
         """Cut the step's drafts to what pays."""
         emitted, num_tokens = float(len(step.candidates)), step.base_tokens
-        survivals = step.survivals
+        survivals = step.survivals if step.has_drafts else step.survivals[:, :0]
         if step.forced:
             forced = list(step.forced)
             emitted += float(survivals[forced].sum())

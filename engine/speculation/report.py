@@ -67,7 +67,7 @@ def _describe(policy: SpeculationPolicy, name: str) -> DrafterReport:
     counts = policy.tally.drafters[name]
     planner = policy.models.planners.get(name)
     depth = None if planner is None else planner.depth
-    curve = policy.costs.drafter(name, drafter.max_drafts).curve(depth or drafter.max_drafts)
+    curve = None if planner is None else planner.cost.curve(planner.depth or drafter.max_drafts)
     return DrafterReport(
         name=name,
         qualifies=True,
@@ -80,7 +80,7 @@ def _describe(policy: SpeculationPolicy, name: str) -> DrafterReport:
         drafted_by_position=tuple(counts.drafted_by_position),
         accepted_by_position=tuple(counts.accepted_by_position),
         acceptance_by_position=tuple(policy.acceptance[name].by_position()),
-        draft_s=tuple(curve.points()) if curve.is_known else (),
+        draft_s=tuple(curve.points()) if curve is not None else (),
     )
 
 

@@ -62,6 +62,9 @@ def test_a_slower_machine_is_not_taken_for_a_costlier_size() -> None:
     """Only one size is run while everything becomes 1.5 times as slow."""
     curve = seeded()
     before_s = curve.times_s().copy()
+    for _ in range(40):
+        curve.observe(4, 1.5 * before_s[4])
+    assert curve.times_s()[1] / before_s[1] > 1.1  # at once, though it was seen not long ago
     for _ in range(400):
         curve.observe(4, 1.5 * before_s[4])
     after_s = curve.times_s()

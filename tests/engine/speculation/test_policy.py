@@ -6,8 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from engine.speculation.candidates import Candidate
+from engine.speculation.candidates import Candidate, StepDrafts
 from engine.speculation.costs import Costs
+from engine.speculation.drafter import Draft
 from engine.speculation.policy import SpeculationPolicy
 from engine.speculation.report import report
 from tests.engine.speculation.simulation import (
@@ -82,22 +83,22 @@ def test_drafts_less_as_the_load_grows_and_more_when_it_is_gone() -> None:
     assert np.mean(world.num_verified[-100:]) > 0.8
     world.resize(48)
     world.run(300)
-    # Only probes are left, and hardly any time goes into them.
-    assert np.mean(world.num_verified[-100:]) < 0.5
-    assert world.run(300) > 0.99 * best_fixed_rate(world, drafter)
+    # Of 48 sequences hardly a token is drafted, and hardly any time goes into probes.
+    assert world.run(300) > 0.98 * best_fixed_rate(world, drafter)
+    assert np.mean(world.num_verified[-300:]) < 4.0
     world.resize(1)
     world.run(100)
     assert np.mean(world.num_verified[-50:]) > 0.8
 
 
-def test_a_step_that_got_dearer_is_noticed_and_one_that_got_cheaper_as_well() -> None:
+def test_a_machine_that_lost_a_core_is_noticed_and_one_that_got_it_back_as_well() -> None:
     world, drafter = make_world(linear, MIXED, 4)
     world.run(300)
-    world.step_s = compute_bound
-    world.run(600)
+    world.step_s = lambda num_tokens: 0.005 + 0.0009 * num_tokens
+    world.run(1500)
     assert world.run(300) > 0.95 * best_fixed_rate(world, drafter)
     world.step_s = linear
-    world.run(4500)  # 25 s of it
+    world.run(1500)
     assert world.run(300) > 0.95 * best_fixed_rate(world, drafter)
 
 
@@ -116,6 +117,18 @@ def test_a_free_draft_is_preferred_where_it_promises_more() -> None:
     assert 120 < model.num_calls - calls < 280
     tally = world.policy.tally.drafters
     assert tally["ngram"].num_accepted_tokens > tally["mtp"].num_accepted_tokens > 0
+
+
+def test_of_two_drafts_the_one_that_promises_more_stays() -> None:
+    step = StepDrafts([Candidate(sequence(i), 9) for i in range(2)], 0, np.ones(9), 3)
+    long, short = Draft("a", [1, 2, 3], [0, 0, 0]), Draft("b", [4], [0])
+    step.put([0, 1], [long, long], np.array([[0.9, 0.8, 0.7], [0.3, 0.2, 0.1]]), set())
+    step.put([0, 1], [short, short], np.array([[0.9], [0.9]]), set())
+    assert step.drafts == [long, short]
+    assert step.survivals.tolist() == [[0.9, 0.8, 0.7], [0.9, 0.0, 0.0]]
+    step.put([0], [short], np.array([[0.9]]), {0})
+    assert step.drafts[0] == short
+    assert step.forced == {0: 1}
 
 
 def named(drafter: str, num_drafts: int | None = None, max_drafts: int = 9) -> list[Candidate]:
@@ -167,6 +180,28 @@ def test_accepted_tokens_are_those_that_match_and_were_verified() -> None:
     assert counts.drafted_by_position == [3, 3, 2, 0]
     assert counts.accepted_by_position == [2, 1, 0, 0]
     assert policy.tally.depth_histogram[3] == 2
+
+
+@pytest.mark.parametrize("is_free", [False, True])
+def test_a_drafter_that_fails_is_not_asked_again_and_the_others_are(is_free: bool) -> None:
+    clock = Clock()
+    broken = PlantedDrafter(clock, "broken", truth=GOOD, is_free=is_free)
+    other = PlantedDrafter(clock, "other", truth=GOOD, is_free=not is_free, proposes=0.9)
+    world = World(linear, clock, [broken, other])
+    world.run(50)
+
+    def fail(sequences: object, max_drafts: object) -> list[Draft]:
+        raise RuntimeError("out of range")
+
+    broken.propose = fail  # type: ignore[method-assign]
+    before = other.num_calls
+    world.run(100)
+    assert other.num_calls > before
+    assert np.mean(world.num_verified[-50:]) > 2
+    state = {drafter.name: drafter for drafter in report(world.policy).drafters}
+    assert not state["broken"].qualifies
+    assert "out of range" in state["broken"].status
+    assert state["other"].qualifies
 
 
 def test_says_what_it_does_and_why() -> None:
