@@ -60,6 +60,10 @@ class LocalServer:
         except (urllib.error.URLError, TimeoutError):
             return False
 
+    def log(self) -> str:
+        """What the server has logged so far."""
+        return self._log_path.read_text(errors="replace")
+
     def anonymous_bytes(self) -> int:
         """Memory of the process that no file backs."""
         assert self._process is not None
