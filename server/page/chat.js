@@ -68,6 +68,7 @@ export class Chat {
       max_tokens: MAX_TOKENS,
       stream: true,
       stream_options: { include_usage: true },
+      fulcrum: { usage: true },
     };
     let first = null;
     let numChunks = 0;

@@ -16,6 +16,7 @@ const TILES = [
   { id: "memory", title: "Device memory", unit: "%", show: (v) => v.toFixed(0), most: 100, optional: true },
   { id: "utilization", title: "Device load", unit: "%", show: (v) => v.toFixed(0), most: 100, optional: true },
   { id: "temperature", title: "Temperature", unit: "°C", show: (v) => v.toFixed(0), optional: true },
+  { id: "energy", title: "Energy", unit: "tokens/J", show: (v) => v.toFixed(2), optional: true },
   { id: "power", title: "Power", unit: "W", show: (v) => v.toFixed(0), optional: true },
 ];
 
@@ -141,7 +142,18 @@ export class Live {
       this.tiles.get("utilization").push(100 * sample.utilization, sample.name ?? "");
     }
     if (typeof sample.temperature_c === "number") this.tiles.get("temperature").push(sample.temperature_c);
+    this.showEnergy(sample.energy_j);
     if (typeof sample.power_w === "number") this.tiles.get("power").push(sample.power_w);
+  }
+
+  // Tokens generated for each joule since the last look; nothing where none were.
+  showEnergy(joules) {
+    const tokens = this.former?.tokens;
+    if (typeof joules !== "number" || tokens === undefined) return;
+    const former = this.formerEnergy;
+    this.formerEnergy = { joules, tokens };
+    if (!former || joules <= former.joules) return;
+    this.tiles.get("energy").push((tokens - former.tokens) / (joules - former.joules));
   }
 
   showSpeculation(report) {
