@@ -1,10 +1,23 @@
 """Settings of the engine: frozen, validated once, where they are made."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal[
+    "auto",
+    "none",
+    "fp8",
+    "int8",
+    "int8-channel",
+    "int4",
+    "int4-g64",
+    "int4-g128",
+    "int4-sym",
+    "int4-sym-g64",
+    "int4-sym-g128",
+]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 KvDtype = Literal["bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -28,9 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
-        if self.quantization not in ("auto", "none", "int8", "int4"):
+        if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"--quantization {self.quantization}: choose auto, none, int8 or int4"
+                f"--quantization {self.quantization}: choose from {', '.join(QUANTIZATIONS)}"
             )
         if self.kv_dtype not in ("auto", "bf16", "int8"):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")

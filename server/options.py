@@ -14,7 +14,7 @@ from typing import NoReturn, cast
 
 import msgspec
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from server.http import Settings
 from server.logs import LogFormat
 
@@ -98,7 +98,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
     group.add_argument(
         "--quantization",
-        choices=("auto", "none", "int8", "int4"),
+        choices=QUANTIZATIONS,
         default=defaults.quantization,
         help="weights' format; none is bf16, auto keeps what the file has (default: auto)",
     )
