@@ -156,7 +156,7 @@ def test_symmetric_int4_error_is_no_worse_than_plain_rounding(distribution, grou
 
 
 def test_fp8_is_the_nearest_e4m3_of_its_channel():
-    # Every value of the format, as ml_dtypes would have it: sign, 4 bits of exponent, 3 of mantissa.
+    # Every value of the format: a sign, 4 bits of exponent, 3 of mantissa.
     bits = np.arange(127)
     exponent, mantissa = bits >> 3, bits & 7
     positive = np.where(
