@@ -46,7 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"--quantization {self.quantization}: choose from {', '.join(QUANTIZATIONS)}"
+                f"--quantization {self.quantization}: choose {', '.join(QUANTIZATIONS)}"
             )
         if self.kv_dtype not in ("auto", "bf16", "int8"):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")

@@ -36,6 +36,8 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "max-sequences": "3",
         "max-step-tokens": "70",
         "threads": "2",
+        "speculation": "ngram",
+        "mtp-head": "head",
         "log-format": "json",
         "max-queue": "7",
         "max-body": "1MB",
