@@ -25,7 +25,9 @@ MTP_DRAFTS = 4
 # sees.
 HIDDEN_WINDOW = 64
 _CALIBRATION_S = 1.0  # at most
-_CALIBRATED_TOKENS = (1, 2, 4, 8, 5, 3, 6, 16, 12, 32, 24, 64, 48)  # the most telling first
+# The most telling first. Beyond the largest, and so where prompts share the step, a row would look
+# free: it has to reach what such a step holds.
+_CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
 _CALIBRATION_ROUNDS = 3
 
 
