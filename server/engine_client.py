@@ -9,10 +9,12 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 import msgspec
 
+from engine.speculation.report import SpeculationReport
 from engine.tokenizer.protocol import Tokenizer
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent
 from server.admission import Limits, Reject, admit
@@ -33,6 +35,7 @@ class EngineThread(Protocol):
     def stop(self, grace_s: float, /) -> object: ...
     def heartbeat_age_s(self) -> float: ...
     def is_alive(self) -> bool: ...
+    def speculation(self) -> Future[SpeculationReport]: ...
 
 
 EngineFactory = Callable[[Callable[[StepReport], None]], EngineThread]
@@ -102,6 +105,18 @@ class EngineClient:
         if age_s > self._stale_s:
             return Health("engine stale", age_s)
         return Health("draining" if self.draining else "ok", age_s)
+
+    async def speculation(self) -> SpeculationReport:
+        """What the engine thread says of speculation; raises a 503 where it has ended."""
+        if self._engine is not None and self._engine.is_alive():
+            inquiry = self._engine.speculation()
+            try:
+                return await asyncio.wrap_future(inquiry)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise  # the client went away
+        raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
     def check_engine(self) -> None:
         """Fail every open request if the engine thread is gone: none may wait for ever."""

@@ -12,6 +12,7 @@ from aiohttp import web
 from engine.planning.apply_types import ApplyRequest, Status
 from engine.planning.preview import Preview
 from engine.planning.proposal import Proposal
+from engine.speculation.report import SpeculationReport
 from server import protocol
 from server.http import MODEL, json_response
 from server.operations import package_version
@@ -28,6 +29,7 @@ _ANSWERS: dict[str, tuple[str, Any]] = {
     "/v1/chat/completions": ("200", protocol.ChatCompletion),
     "/v1/completions": ("200", protocol.Completion),
     "/v1/models/{model}": ("200", protocol.ModelCard),
+    "/v1/speculation": ("200", SpeculationReport),
     "/v1/optimizations/apply": ("202", Status),
     "/v1/optimizations/apply/{id}": ("200", Status),
 }

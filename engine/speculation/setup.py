@@ -37,7 +37,23 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     mode: SpeculationMode = "off"
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
+    mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
+    num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of the drafters that there are."""
+        names = ["ngram"] if self.mode in ("auto", "ngram") else []
+        return (*names, "mtp") if self.mtp is not None else tuple(names)
+
+    def memory_bytes(self, num_lanes: int) -> int:
+        """What the drafters have allocated, the hidden states kept for them included."""
+        if self.mtp is None:
+            return 0
+        kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
+        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size)
+        return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
         """Memory for the states that the batch keeps, (num_lanes * W, D); None: nobody reads."""
@@ -61,6 +77,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
                     lanes,
                     max_drafts=MTP_DRAFTS,
                     max_step_tokens=max_step_tokens,
+                    position_priors=self.mtp_acceptance,
                     hidden=hidden,
                 )
             )
@@ -69,6 +86,11 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OFF = Speculation()
+
+
+def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
+    """Bytes of `Speculation.hidden_states`."""
+    return num_lanes * HIDDEN_WINDOW * hidden_size * 4
 
 
 def calibrate(batch: Batch, costs: Costs, max_step_tokens: int) -> None:

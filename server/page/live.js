@@ -157,11 +157,10 @@ export class Live {
   }
 
   showSpeculation(report) {
-    const perStep = report.tokens_per_step ?? report.mean_tokens_per_step;
-    if (typeof perStep !== "number") return;
-    const depth = report.num_drafts ?? report.max_drafts;
-    this.tiles.get("speculation").push(perStep,
-      [report.drafter, depth === undefined ? null : `K ${depth}`].filter(Boolean).join(", "));
+    const used = report.drafters.filter((drafter) => drafter.num_drafts > 0);
+    if (used.length === 0) return;
+    this.tiles.get("speculation").push(report.tokens_per_step,
+      `${used.map((drafter) => drafter.name).join(", ")}, K ${report.num_verified}`);
   }
 
   // An endpoint that this server may not have; its own description says so.

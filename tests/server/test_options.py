@@ -36,7 +36,7 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "max-sequences": "3",
         "max-step-tokens": "70",
         "threads": "2",
-        "speculation": "ngram",
+        "speculation": "mtp",
         "mtp-head": "head",
         "log-format": "json",
         "max-queue": "7",
