@@ -38,6 +38,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
     mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
+    mtp_chains_normed: bool = False
     num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
 
@@ -52,7 +53,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
         if self.mtp is None:
             return 0
         kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
-        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size)
+        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size, self.mtp_chains_normed)
         return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
@@ -88,18 +89,20 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 OFF = Speculation()
 
 
-def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
-    """Bytes of `Speculation.hidden_states`."""
-    return num_lanes * HIDDEN_WINDOW * hidden_size * 4
+def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -> int:
+    """Bytes of `Speculation.hidden_states`, and of the states that a chain goes on from."""
+    return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
 
 
 def calibrate(batch: Batch, costs: Costs, max_step_tokens: int) -> None:
     """Time steps of several sizes before anybody is served, and seed the cost of a step."""
     began_s = time.monotonic()
     best_s: dict[int, float] = {}
+    # A made-up text is no longer than what a lane holds.
+    most = min(max_step_tokens, batch.lanes.tokens.shape[1])
     for _ in range(_CALIBRATION_ROUNDS):
         for num_tokens in _CALIBRATED_TOKENS:
-            if num_tokens > max_step_tokens or time.monotonic() - began_s > _CALIBRATION_S:
+            if num_tokens > most or time.monotonic() - began_s > _CALIBRATION_S:
                 continue
             step_s = batch.time_probe(num_tokens)
             best_s[num_tokens] = min(step_s, best_s.get(num_tokens, step_s))
