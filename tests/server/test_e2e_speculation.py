@@ -65,8 +65,9 @@ def test_speculation_is_explained(drafting: ServerProcess) -> None:
     _complete(drafting, "ngram")
     report = httpx.get(f"{drafting.url}/v1/speculation", timeout=10).json()
     drafters = {entry["name"]: entry for entry in report["drafters"]}
-    assert set(drafters) == {"ngram", "mtp"}
-    assert all(entry["qualifies"] for entry in drafters.values())
+    qualifies = {name: entry["qualifies"] for name, entry in drafters.items()}
+    assert qualifies == {"ngram": True, "mtp": True, "draft": False}
+    assert "--draft-model" in drafters["draft"]["status"]
     assert drafters["ngram"]["num_accepted_tokens"] > 0
     assert report["step_s"]
     assert "speculation auto: ngram, mtp" in drafting.log
@@ -86,5 +87,5 @@ def test_a_drafter_that_is_not_there_is_a_400(server: ServerProcess) -> None:
     assert caught.value.code == "unavailable_drafter"
     assert caught.value.param == "fulcrum.speculation"
     report = httpx.get(f"{server.url}/v1/speculation", timeout=10).json()
-    assert [entry["qualifies"] for entry in report["drafters"]] == [False, False]
+    assert [entry["qualifies"] for entry in report["drafters"]] == [False] * 3
     assert {entry["status"] for entry in report["drafters"]} == {"--speculation off"}
