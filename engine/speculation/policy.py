@@ -154,15 +154,17 @@ class SpeculationPolicy:
 
     def _choose(self, step: StepDrafts) -> list[Draft]:
         """Cut the step's drafts to what pays."""
-        emitted, num_tokens = float(len(step.candidates)), step.base_tokens
+        emitted, num_forced = float(len(step.candidates)), 0
         survivals = step.survivals if step.has_drafts else step.survivals[:, :0]
         if step.forced:
             forced = list(step.forced)
             emitted += float(survivals[forced].sum())
-            num_tokens += sum(step.forced.values())
+            num_forced = sum(step.forced.values())
             survivals = survivals.copy()
             survivals[forced] = 0.0
-        choice = choose_counts(survivals, emitted, num_tokens, step.times_s, step.sunk_s)
+        choice = choose_counts(
+            survivals, emitted, step.times_s, num_forced=num_forced, sunk_s=step.sunk_s
+        )
         counts = choice.counts
         for index, count in step.forced.items():
             counts[index] = count
