@@ -38,3 +38,5 @@ class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # identifies weights and settings; `system_fingerprint` in answers
     vocab_size: int  # ids below it can be computed; a tokenizer may know more
     defaults: GenerationDefaults = GenerationDefaults()
+    num_kv_blocks: int = 0  # 0: not known
+    kv_block_size: int = 16

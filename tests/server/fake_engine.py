@@ -20,6 +20,7 @@ from aiohttp import web
 from engine.tokenizer.errors import ChatTemplateError
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent, TokenLogprobs
 from server.app import create_app
+from server.connection import Site
 from server.http import CLIENT, Settings
 from server.run import bind
 from server.served import GenerationDefaults, ServedModel
@@ -314,7 +315,7 @@ async def serve(
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     (bound,) = bind("127.0.0.1", 0)
-    await web.SockSite(runner, bound).start()
+    await Site(runner, bound).start()
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         async with aiohttp.ClientSession() as http:
