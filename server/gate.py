@@ -99,7 +99,7 @@ class Gate:
         It is asked twice: before the prompt is known, and with it, when an admission is final.
         """
         now_s = self._clock()
-        num_due = self._promises.num_due(now_s, _DUE_HORIZON_S)
+        num_due = self._promises.num_due(now_s, _DUE_HORIZON_S, ask.priority)
         key = b""
         if self._promises.num_open and arrival.is_retry is not False:
             key = digest(arrival.sender, arrival.body)
@@ -130,7 +130,9 @@ class Gate:
         """The 429 of an admitted request that has to make room."""
         now_s = self._clock()
         key = digest(arrival.sender, arrival.body)
-        retry_after_s = self._promises.make(key, work_s, num_sequences, 1.0, now_s)
+        retry_after_s = self._promises.make(
+            key, work_s, num_sequences, 1.0, now_s, arrival.priority
+        )
         ask = Ask(rank_s=0, num_sequences=num_sequences, priority=arrival.priority)
         self._note(ask, now_s, None, "shed", retry_after_s)
         return self._error(Reject(429, "shed", None), ask, retry_after_s)
@@ -168,6 +170,7 @@ class Gate:
             ask.num_sequences,
             decision.retry_after_s or 0.0,
             now_s,
+            ask.priority,
         )
 
     def _error(self, decision: Reject, ask: Ask, retry_after_s: float | None) -> ApiError:

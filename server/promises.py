@@ -7,7 +7,7 @@ knows it again by a digest of who sent it and what. One `Promises` lives on the 
 
 import hashlib
 import heapq
-from collections import deque
+from collections import Counter, deque
 
 _LOAD_SHARE = 0.8  # of the engine's time that is promised; newcomers and errors get the rest
 _MAX_AHEAD_S = 600.0
@@ -24,13 +24,24 @@ def digest(sender: str, body: bytes) -> bytes:
 
 
 class _Promise:
-    __slots__ = ("due_s", "expires_s", "is_counted", "is_settled", "key", "num_sequences")
+    __slots__ = (
+        "due_s",
+        "expires_s",
+        "is_counted",
+        "is_settled",
+        "key",
+        "num_sequences",
+        "priority",
+    )
 
-    def __init__(self, key: bytes, due_s: float, expires_s: float, num_sequences: int) -> None:
+    def __init__(
+        self, key: bytes, due_s: float, expires_s: float, num_sequences: int, priority: int
+    ) -> None:
         self.key = key
         self.due_s = due_s
         self.expires_s = expires_s
         self.num_sequences = num_sequences
+        self.priority = priority
         self.is_counted = False  # among those that are due
         self.is_settled = False
 
@@ -44,7 +55,7 @@ class Promises:
         self._due: list[tuple[float, int, _Promise]] = []  # a heap by expiry
         self._count = 0
         self._num_open = 0
-        self._num_due = 0
+        self._num_due: Counter[int] = Counter()  # sequences, by priority
         self._schedule_end_s = 0.0
         self.kept_share = 1.0  # of the clients that came again
 
@@ -52,19 +63,19 @@ class Promises:
     def num_open(self) -> int:
         return self._num_open
 
-    def num_due(self, now_s: float, horizon_s: float) -> int:
-        """Sequences that may come within the horizon, or are late but still expected."""
+    def num_due(self, now_s: float, horizon_s: float, priority: int = 0) -> int:
+        """Sequences of at least this priority that may come within the horizon, or are late."""
         while self._coming and self._coming[0][0] <= now_s + horizon_s:
             _, order, promise = heapq.heappop(self._coming)
             if not promise.is_settled:
                 promise.is_counted = True
-                self._num_due += promise.num_sequences
+                self._num_due[promise.priority] += promise.num_sequences
                 heapq.heappush(self._due, (promise.expires_s, order, promise))
         while self._due and self._due[0][0] <= now_s:
             promise = heapq.heappop(self._due)[2]
             if not promise.is_settled:
                 self._settle(promise, was_kept=False)
-        return self._num_due
+        return sum(count for other, count in self._num_due.items() if other <= priority)
 
     def is_due(self, key: bytes, now_s: float) -> bool:
         """Whether a request with this digest was told to come about now."""
@@ -72,7 +83,13 @@ class Promises:
         return promises is not None and promises[0].due_s <= now_s + _EARLY_S
 
     def make(
-        self, key: bytes, work_s: float, num_sequences: int, earliest_s: float, now_s: float
+        self,
+        key: bytes,
+        work_s: float,
+        num_sequences: int,
+        earliest_s: float,
+        now_s: float,
+        priority: int = 0,
     ) -> float:
         """Seconds after which a refused request should come again."""
         # As airlines do: those that will not come need no room.
@@ -83,7 +100,7 @@ class Promises:
             self._schedule_end_s = min(self._schedule_end_s, now_s + _MAX_AHEAD_S)
             return min(due_s - now_s, _MAX_AHEAD_S)
         expires_s = due_s + max(_LATE_S, _LATE_SHARE * (due_s - now_s))
-        promise = _Promise(key, due_s, expires_s, num_sequences)
+        promise = _Promise(key, due_s, expires_s, num_sequences, priority)
         self._by_key.setdefault(key, deque()).append(promise)
         self._count += 1
         self._num_open += 1
@@ -97,7 +114,7 @@ class Promises:
     def _settle(self, promise: _Promise, *, was_kept: bool) -> None:
         promise.is_settled = True
         if promise.is_counted:
-            self._num_due -= promise.num_sequences
+            self._num_due[promise.priority] -= promise.num_sequences
         promises = self._by_key[promise.key]
         promises.remove(promise)
         if not promises:
