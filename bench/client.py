@@ -59,6 +59,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int | None = None
     output_tokens: int = 0  # from usage, else the number of chunks with text
     status: int = 200
+    retry_after_s: float | None = None  # of a refusal
     error: str | None = None
 
     @property
@@ -136,11 +137,12 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
     sent_at_s = time.perf_counter()
     times: list[float] = []
     usage: _Usage | None = None
-    status, error, done = 0, None, False
+    status, error, done, retry_after_s = 0, None, False, None
     try:
         async with session.post(target.path, json=target.body(prompt)) as response:
             status = response.status
             if status != 200:
+                retry_after_s = _retry_after_s(response)
                 error = f"HTTP {status}: {(await response.text())[:200]}"
             else:
                 async for arrived_at_s, data in _events(response):
@@ -169,5 +171,16 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
         cached_tokens=details.cached_tokens if details else None,
         output_tokens=usage.completion_tokens if usage else len(times),
         status=status,
+        retry_after_s=retry_after_s,
         error=error,
     )
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    """The time to wait as OpenAI's SDKs read it: the header in milliseconds goes first."""
+    for name, unit_s in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+        try:
+            return float(response.headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+    return None

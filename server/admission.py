@@ -26,7 +26,7 @@ Reason = Literal[
 ]
 
 # While others were told to come again soon, those that were not leave them this share of the
-# queue and of the time to the first token.
+# queue at most.
 _PROMISED_SHARE = 0.5
 _MAX_RETRY_S = 600.0
 
@@ -71,7 +71,7 @@ def admit(
     ):
         return Reject(503, "memory_derated", None, seen)
     refusal = _refuse_place(ask, load, costs, limits, seen)
-    refusal = refusal or _refuse_ttft(ask, load, limits, seen)
+    refusal = refusal or _refuse_ttft(ask, load, costs, limits, seen)
     return refusal or _refuse_deadline(ask, seen) or Admit(seen)
 
 
@@ -90,14 +90,23 @@ def _refuse_place(
     return Reject(429, "queue_full", min(_MAX_RETRY_S, num_missing * rate_s), seen)
 
 
-def _refuse_ttft(ask: Ask, load: Load, limits: Limits, seen: Forecast) -> Reject | None:
-    max_ttft_s = limits.max_ttft_s
-    if load.num_due and not ask.is_promised:
-        max_ttft_s *= _PROMISED_SHARE
+def _refuse_ttft(
+    ask: Ask, load: Load, costs: Costs, limits: Limits, seen: Forecast
+) -> Reject | None:
     # An empty server takes what it is asked for: waiting would make nothing better.
-    if seen.ttft_s <= max_ttft_s or (not load.sequences and not load.num_reserved):
+    if not load.num_open:
         return None
-    return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, seen.ttft_s - max_ttft_s), seen)
+    ttft_s = seen.ttft_s
+    # A lane that nobody waits for is not kept idle for those who may come.
+    if load.num_due and not ask.is_promised and not seen.starts_now:
+        coming = OpenSequence(
+            ask.rank_s, round(costs.mean_prompt_tokens), 0, round(costs.mean_output_tokens) or 1
+        )
+        with_them = [*load.sequences, *[coming] * load.num_due]
+        ttft_s = forecast(ask, with_them, costs, limits).ttft_s
+    if ttft_s <= limits.max_ttft_s:
+        return None
+    return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, ttft_s - limits.max_ttft_s), seen)
 
 
 def _refuse_deadline(ask: Ask, seen: Forecast) -> Reject | None:

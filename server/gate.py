@@ -21,7 +21,7 @@ from server.promises import Promises, digest
 from server.telemetry.samples import DeviceSample
 
 _NUM_DECISIONS = 32
-_DUE_HORIZON_S = 1.0
+_DUE_HORIZON_S = 5.0
 # After a restart or when a step comes back: nobody can know, so not too long.
 _UNKNOWN_RETRY_S = 10.0
 
@@ -99,13 +99,14 @@ class Gate:
         It is asked twice: before the prompt is known, and with it, when an admission is final.
         """
         now_s = self._clock()
-        num_due = self._promises.num_due(now_s, _DUE_HORIZON_S, ask.priority)
+        horizon_s = min(_DUE_HORIZON_S, self.limits.max_ttft_s / 2)
+        num_due = self._promises.num_due(now_s, horizon_s, ask.priority)
         key = b""
         if self._promises.num_open and arrival.is_retry is not False:
             key = digest(arrival.sender, arrival.body)
         is_promised = bool(key) and self._promises.is_due(key, now_s)
         ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=arrival.left_s(now_s))
-        load = msgspec.structs.replace(load, num_due=num_due)
+        load = msgspec.structs.replace(load, num_due=round(num_due * self._promises.kept_share))
         decision = admit(ask, load, self.costs.costs, self.condition, self.limits)
         if isinstance(decision, Admit):
             if is_final:

@@ -9,7 +9,7 @@ import hashlib
 import heapq
 from collections import Counter, deque
 
-_LOAD_SHARE = 0.8  # of the engine's time that is promised; newcomers and errors get the rest
+_LOAD_SHARE = 0.7  # of the engine's time that is promised; newcomers and errors get the rest
 _MAX_AHEAD_S = 600.0
 _MAX_PROMISES = 4096
 _EARLY_S = 0.05  # a client's clock and the network are not exact

@@ -1,0 +1,46 @@
+"""A server whose steps can be made to hang or to fail: `python -m bench.faulty_server OPTIONS`.
+
+The file named by FULCRUM_BENCH_FAULT says what the next steps do: "hang" (until it changes),
+"raise", or nothing. All else is `python -m server`.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import server.__main__ as program
+from engine.config import EngineConfig
+from engine.loader import LoadedModel, load_model
+
+
+class FaultyCore:
+    """The core, but for `step`."""
+
+    def __init__(self, core: Any, fault: Path) -> None:
+        self._core = core
+        self._fault = fault
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def step(self, *sizes: int) -> None:
+        while (fault := self._fault.read_text().strip()) == "hang":
+            time.sleep(0.01)
+        if fault == "raise":
+            raise RuntimeError("planted by the benchmark")
+        self._core.step(*sizes)
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    loaded = load_model(config)
+    core: Any = FaultyCore(loaded.core, Path(os.environ["FULCRUM_BENCH_FAULT"]))
+    return msgspec.structs.replace(loaded, core=core)
+
+
+if __name__ == "__main__":
+    program.load_model = load  # type: ignore[attr-defined]
+    sys.exit(program.main(sys.argv[1:]))
