@@ -28,6 +28,9 @@ Reason = Literal[
 # While others were told to come again soon, those that were not leave them this share of the
 # queue at most.
 _PROMISED_SHARE = 0.5
+# Who comes again finds the first token predicted for this share of its latest time: predictions
+# are not exact, and at the limit itself every other one would be refused again.
+_COMFORTABLE_SHARE = 0.75
 _MAX_RETRY_S = 600.0
 
 
@@ -106,7 +109,8 @@ def _refuse_ttft(
         ttft_s = forecast(ask, with_them, costs, limits).ttft_s
     if ttft_s <= limits.max_ttft_s:
         return None
-    return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, ttft_s - limits.max_ttft_s), seen)
+    late_s = ttft_s - limits.max_ttft_s * _COMFORTABLE_SHARE
+    return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, late_s), seen)
 
 
 def _refuse_deadline(ask: Ask, seen: Forecast) -> Reject | None:

@@ -200,7 +200,8 @@ class FakeEngine:
             load = EngineLoad(
                 num_running=len(self._running), num_waiting=len(self._waiting), num_total_blocks=8
             )
-            self._on_report(StepReport(tuple(events), load, 0.001, max(1, len(events))))
+            step_s = max(0.001, self.step_s)
+            self._on_report(StepReport(tuple(events), load, step_s, max(1, len(events))))
             if stopping:
                 return
             if self.step_s:

@@ -270,3 +270,52 @@ def test_without_telemetry_the_load_alone_decides() -> None:
                 assert (health["status"], health["telemetry"]["source"]) == ("ok", "off")
 
     run(main())
+
+
+def test_at_four_times_the_capacity_those_who_come_again_in_time_get_in() -> None:
+    """8 s of what `python -m bench.overload` does for a minute with a real model."""
+    max_ttft_s, duration_s = 2.0, 8.0
+    ttft_s: list[float] = []
+    retries: list[bool] = []
+    num_refused = 0
+
+    async def attempt(served: Served, number: int) -> float | None:
+        """None where the request was answered, else the seconds after which to come again."""
+        body = BODY | {"prompt": f"request {number}", "max_tokens": 25, "stream": True}
+        began_s = time.monotonic()
+        async with served.http.post(served.url + PATH, json=body) as response:
+            if response.status == 429:
+                return int(response.headers["retry-after-ms"]) / 1000
+            assert response.status == 200
+            await response.content.readline()
+            ttft_s.append(time.monotonic() - began_s)
+            assert (await response.text()).endswith("[DONE]\n\n")
+        return None
+
+    async def client(served: Served, number: int, end_s: float) -> None:
+        nonlocal num_refused
+        wait_s = await attempt(served, number)
+        num_refused += wait_s is not None
+        if wait_s is not None and time.monotonic() + wait_s < end_s:
+            await asyncio.sleep(wait_s)
+            retries.append(await attempt(served, number) is None)
+
+    async def main() -> None:
+        engine = FakeEngine(step_s=0.02, max_sequences=8)
+        async with serve(engine, max_sequences=8, max_ttft_s=max_ttft_s) as served:
+            learn = BODY | {"max_tokens": 25}
+            await asyncio.gather(*(served.post(PATH, learn) for _ in range(16)))
+            end_s = time.monotonic() + duration_s
+            tasks = []
+            while time.monotonic() < end_s:
+                tasks.append(asyncio.create_task(client(served, len(tasks), end_s)))
+                await asyncio.sleep(1 / 64)  # 8 lanes, each done after half a second: 16/s
+            await asyncio.gather(*tasks)
+        print(num_refused, len(retries), sum(retries), max(ttft_s), len(ttft_s))
+        assert num_refused > len(tasks) / 2
+        assert len(retries) > 20
+        assert sum(retries) >= 0.9 * len(retries)
+        assert sorted(ttft_s)[int(0.99 * len(ttft_s))] < max_ttft_s * 1.15
+        assert len(ttft_s) > 0.85 * 16 * duration_s
+
+    run(main())
