@@ -28,6 +28,8 @@ Reason = Literal[
 # While others were told to come again soon, those that were not leave them this share of the
 # queue at most.
 _PROMISED_SHARE = 0.5
+# Forecasts are right on average: so much of the latest time is left for those that are not.
+_PREDICTED_SHARE = 0.8
 # Who comes again finds the first token predicted for this share of its latest time: predictions
 # are not exact, and at the limit itself every other one would be refused again.
 _COMFORTABLE_SHARE = 0.75
@@ -107,9 +109,10 @@ def _refuse_ttft(
         )
         with_them = [*load.sequences, *[coming] * load.num_due]
         ttft_s = forecast(ask, with_them, costs, limits).ttft_s
-    if ttft_s <= limits.max_ttft_s:
+    latest_s = limits.max_ttft_s * _PREDICTED_SHARE
+    if ttft_s <= latest_s:
         return None
-    late_s = ttft_s - limits.max_ttft_s * _COMFORTABLE_SHARE
+    late_s = ttft_s - latest_s * _COMFORTABLE_SHARE
     return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, late_s), seen)
 
 

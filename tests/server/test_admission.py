@@ -54,7 +54,7 @@ def test_the_time_to_wait_grows_with_what_must_end_first() -> None:
 
 
 def test_a_first_token_that_would_come_too_late_is_refused() -> None:
-    limits = msgspec.structs.replace(LIMITS, max_ttft_s=1.5)
+    limits = msgspec.structs.replace(LIMITS, max_ttft_s=1.6)
     # Four run and have 100 tokens to go, a little more than 1 s; each in the queue takes as long.
     running = waiting(4, num_output_tokens=1, max_tokens=101)
     assert isinstance(admit(ask(), running, COSTS, OK, limits), Admit)
