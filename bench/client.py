@@ -1,6 +1,7 @@
 """One streamed request to an OpenAI-compatible server, and when each of its chunks arrived.
 
-Used by bench.serve. It relies on nothing but what OpenAI's streaming format promises.
+Used by bench.serve and bench.speculate. It relies on nothing but what OpenAI's streaming format
+promises.
 """
 
 import itertools
@@ -58,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None  # None: the server gave no usage
     cached_tokens: int | None = None
     output_tokens: int = 0  # from usage, else the number of chunks with text
+    text: str = ""
+    fulcrum: dict[str, Any] | None = None  # what a Fulcrum server adds to usage when asked
     status: int = 200
     retry_after_s: float | None = None  # of a refusal
     error: str | None = None
@@ -99,6 +102,7 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int = 0
     prompt_tokens_details: _PromptDetails | None = None
+    fulcrum: dict[str, Any] | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -110,12 +114,12 @@ class _Chunk(msgspec.Struct):
 _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
-def _has_text(chunk: _Chunk) -> bool:
+def _text(chunk: _Chunk) -> str:
+    parts = []
     for choice in chunk.choices:
-        delta = choice.delta
-        if choice.text or (delta and (delta.content or delta.reasoning_content)):
-            return True
-    return False
+        delta = choice.delta or _Delta()
+        parts += [choice.text, delta.reasoning_content, delta.content]
+    return "".join(part for part in parts if part)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float, bytes]]:
@@ -136,6 +140,7 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
     """Send one request, read its stream to the end, and never raise for what the server does."""
     sent_at_s = time.perf_counter()
     times: list[float] = []
+    texts: list[str] = []
     usage: _Usage | None = None
     status, error, done, retry_after_s = 0, None, False, None
     try:
@@ -154,8 +159,9 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
                         error = f"error in the stream: {chunk.error}"
                         break
                     usage = chunk.usage or usage
-                    if _has_text(chunk):
+                    if text := _text(chunk):
                         times.append(arrived_at_s - sent_at_s)
+                        texts.append(text)
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     if error is None and not done:
@@ -170,6 +176,8 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
         prompt_tokens=usage.prompt_tokens if usage else None,
         cached_tokens=details.cached_tokens if details else None,
         output_tokens=usage.completion_tokens if usage else len(times),
+        text="".join(texts),
+        fulcrum=usage.fulcrum if usage else None,
         status=status,
         retry_after_s=retry_after_s,
         error=error,

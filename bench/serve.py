@@ -12,16 +12,15 @@ of the server's usage; where it gives none, chunks are counted instead, and the 
 
 import argparse
 import asyncio
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import msgspec
 import uvloop
 
 from bench.client import Outcome, Target, complete
+from bench.options import json_object, levels, positive
 from bench.prompts import PromptSource
 from bench.summary import Level, summarize, table
 
@@ -131,27 +130,6 @@ async def run(options: argparse.Namespace) -> list[Level]:
     return levels
 
 
-def _levels(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if not values or min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: needs whole numbers of at least 1")
-    return values
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("needs a JSON object")
-    return value
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
@@ -160,19 +138,19 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, help="model name to ask for")
     add("--api-key", help="sent as a bearer token")
     add("--endpoint", choices=("completions", "chat"), default="completions")
-    add("--concurrency", type=_levels, default=[1, 8, 32], help="levels, e.g. 1,8,32")
-    add("--prompt-tokens", type=_positive, default=128, help="about this many (%(default)s)")
-    add("--output-tokens", type=_positive, default=128, help="max_tokens (%(default)s)")
+    add("--concurrency", type=levels, default=[1, 8, 32], help="levels, e.g. 1,8,32")
+    add("--prompt-tokens", type=positive, default=128, help="about this many (%(default)s)")
+    add("--output-tokens", type=positive, default=128, help="max_tokens (%(default)s)")
     add(
         "--requests-per-level",
-        type=_positive,
+        type=positive,
         help="at least the concurrency; default: four times it",
     )
     add("--warm-up", type=int, default=2, help="requests before the first level (%(default)s)")
     add("--text", type=Path, help="cut prompts from this file instead of built-in words")
     add("--seed", type=int, default=0, help="of the prompts; equal prompts may hit a prefix cache")
     add("--ignore-eos", action="store_true", help="send ignore_eos (vLLM, llama-server, Fulcrum)")
-    add("--extra", type=_json_object, default={}, help="JSON object added to every request body")
+    add("--extra", type=json_object, default={}, help="JSON object added to every request body")
     add("--timeout-s", type=float, default=600.0, help="of one request (%(default)s)")
     add("--json", type=Path, help="write the figures to this file as well")
     return parser.parse_args(arguments)

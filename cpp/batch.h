@@ -16,6 +16,10 @@ struct Batch {
   const int32_t* block_table = nullptr;   // (B, M)
   const int32_t* logits_rows = nullptr;   // (R,)
 
+  // Where the model reads hidden states: those before each token, in any order.
+  const float* previous_hidden = nullptr;  // (any, D)
+  const int32_t* previous_rows = nullptr;  // (T,) rows of previous_hidden
+
   const int32_t* target_ids = nullptr;  // (R,) and so all below, but the flat lists
   const float* temperature = nullptr;
   const float* top_p = nullptr;
@@ -40,6 +44,9 @@ struct Batch {
   int32_t* top_ids = nullptr;         // (R, kMaxLogprobs)
   float* top_logprobs = nullptr;      // (R, kMaxLogprobs)
   float* logits = nullptr;            // (R, V), optional
+  // Hidden states after the final norm, optional: token t's goes to row hidden_rows[t], if any.
+  float* hidden = nullptr;               // (any, D)
+  const int32_t* hidden_rows = nullptr;  // (T,), -1: not wanted
 };
 
 // Capacities of the bound buffers.
@@ -51,6 +58,7 @@ struct Limits {
   int64_t history_ids = 0;
   int64_t bias_ids = 0;
   int64_t logits_rows = 0;  // rows of the optional logits buffer
+  int64_t hidden_rows = 0;  // rows of the optional hidden states
 };
 
 }  // namespace fulcrum

@@ -52,10 +52,9 @@ PeakLoops peak_loops(const char* isa) {
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // The core's pool with a job that changes from one measurement to the next.
-class BenchPool {
+class BenchPool final : private ThreadPool::Job {
  public:
-  explicit BenchPool(int num_threads)
-      : pool_(num_threads, [this](int thread, const ThreadPool::Arguments&) { job_(thread); }) {}
+  explicit BenchPool(int num_threads) : pool_(num_threads) {}
 
   int num_threads() const { return pool_.num_threads(); }
 
@@ -67,7 +66,7 @@ class BenchPool {
       while (num_arrived.load() < num_threads()) sched_yield();
       job(thread);
     };
-    pool_.run({});
+    pool_.run(*this, {});
     pool_.wait_until_idle();
   }
 
@@ -77,6 +76,8 @@ class BenchPool {
   }
 
  private:
+  void run_thread(int thread, const ThreadPool::Arguments&) override { job_(thread); }
+
   std::function<void(int)> job_;
   ThreadPool pool_;
 };
@@ -257,7 +258,9 @@ class LinearBench {
     scales_.resize(groups);
     sums_.resize(groups);
     for (float& value : values_) value = noise.symmetric();
-    activations_ = {values_.data(), K, quantized_.data(), scales_.data(), sums_.data()};
+    widened_.resize(quantized_.size());
+    activations_ = {values_.data(), K,           quantized_.data(), widened_.data(),
+                    scales_.data(), sums_.data()};
     kernels_->quantize_rows(activations_, K, 0, max_tokens_);
   }
 
@@ -269,6 +272,7 @@ class LinearBench {
   Buffer memory_, y_;
   std::vector<float> values_, scales_, sums_;
   std::vector<int8_t> quantized_;
+  std::vector<int16_t> widened_;
   Activations activations_;
   int64_t next_ = 0;  // the matrix whose turn it is
 };

@@ -1,6 +1,6 @@
 """Types of the compiled core. Arrays are C-contiguous and owned by the caller."""
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +28,25 @@ class Bpe:
     ) -> None: ...
     def encode(self, words: list[str]) -> list[int]:
         """Ids of the words, in order. Releases the GIL while merging."""
+
+class NgramIndex:
+    """Prompt lookup over the lanes of a token table; see cpp/ngram.h. One thread drives it."""
+
+    num_bytes: int  # of the index, which follows the texts: about 24 a token
+    def __init__(self, num_lanes: int, max_match: int = 8, min_match: int = 1) -> None: ...
+    def propose(
+        self,
+        tokens: NDArray[np.int32],  # (num_lanes, max_model_len)
+        lanes: NDArray[np.int32],  # (B,)
+        owners: NDArray[np.int64],  # (B,) whose text it is; another one starts the index anew
+        lengths: NDArray[np.int32],  # (B,) tokens of the lane that are the text
+        max_drafts: NDArray[np.int32],  # (B,) at most K
+        draft_ids: NDArray[np.int32],  # out (B, K)
+        num_drafts: NDArray[np.int32],  # out (B,) ids written: max_drafts or 0
+        match_lengths: NDArray[np.int32],  # out (B,) 0: nothing matches
+    ) -> None:
+        """Draft what followed the longest, of these the newest, occurrence of each text's end.
+        Releases the GIL."""
 
 def sample_rows(
     logits: NDArray[np.float32],
@@ -69,12 +88,28 @@ class Config:
     layer_rope_index: list[int]  # per layer, row of rope_inv_freq
     rope_inv_freq: list[list[float]]  # per table, (head_dim / 2,)
     rope_attention_factor: float  # multiplies cos and sin (yarn); 1 otherwise
+    reads_hidden: bool  # a multi-token-prediction module; see cpp/model.h
     def __init__(self) -> None: ...
+
+BLOCK_SIZE: int  # tokens per KV block
+
+def kv_block_bytes(config: Config, dtype: str) -> int:
+    """Bytes of a KV block of all layers in "bf16" or "int8", scales included."""
+
+def activation_bytes(
+    config: Config, isa: str, num_threads: int, max_tokens: int, max_blocks_per_seq: int
+) -> int:
+    """Bytes that Model.bind allocates for batches of this size."""
 
 class Model:
     """Weights, KV cache and thread pool. One thread drives it."""
 
+    @overload
     def __init__(self, config: Config, num_threads: int, isa: str) -> None: ...
+    @overload
+    def __init__(self, config: Config, drafts_for: Model) -> None:
+        """A model that takes turns with another one: on its threads, its instruction set."""
+
     def load_vector(self, slot: str, layer: int, values: NDArray[np.float32]) -> None:
         """Copy a norm's weight or a bias. Slots: final_norm; per layer attention_norm,
         q_norm, k_norm, attention_post_norm, mlp_norm, mlp_post_norm, q_bias, k_bias, v_bias.
@@ -98,6 +133,12 @@ class Model:
         interleaved_rope_heads undoes the row order that llama.cpp's converter gives q and k of
         the llama architecture, so that halves rotate together."""
 
+    def share_embedding(self, owner: Model) -> None:
+        """Take another model's embedding, and its head where this one has none loaded."""
+
+    def set_head_ids(self, ids: NDArray[np.int32]) -> None:
+        """Before `output` is loaded: the tokens that its rows stand for."""
+
     def finalize(self) -> None:
         """Check that every slot is filled with the right shape; raises ValueError naming it."""
 
@@ -117,8 +158,24 @@ class Model:
     kv_bytes_per_block: int  # of the allocated cache's dtype
     kv_dtype: str
     weights_bytes: int
+    activation_bytes: int  # of the state that bind allocated
     num_threads: int
     isa: str
+
+class Drafter:
+    """A model that drafts, over the texts of the engine's lanes; see cpp/draft.h."""
+
+    def __init__(
+        self, model: Model, max_tokens: int, max_sequences: int, max_drafts: int
+    ) -> None: ...
+    def bind(self, **buffers: NDArray[Any]) -> None:
+        """Bind, by lane, tokens (lanes, length), blocks (lanes, M), temperature, top_p, min_p,
+        top_k, seed, and hidden (lanes * W, D) where the model reads it; by sequence of a call
+        lanes, begin, end, start, num_drafts, and for the results num_drafted (B,), draft_ids and
+        draft_probs (B, max_drafts)."""
+
+    def propose(self, num_sequences: int, min_confidence: float = 0.0) -> None:
+        """Catch up with the texts and draft. Releases the GIL."""
 
 class Linear:
     """One packed matrix and the kernels over it, for tests and benchmarks; see cpp/linear.h."""

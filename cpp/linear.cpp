@@ -148,14 +148,20 @@ void unpack_row_portable(const PackedMatrix& w, int row, float* out) {
 }
 
 constexpr LinearKernels kPortable = {
-    "portable",    tile_channels,       packed_bytes<PortableLayout>,
-    pack_portable, unpack_row_portable, quantize_rows_portable,
+    "portable",
+    false,
+    tile_channels,
+    packed_bytes<PortableLayout>,
+    pack_portable,
+    unpack_row_portable,
+    quantize_rows_portable,
     gemm_portable,
 };
 
 #if defined(__x86_64__)
 constexpr LinearKernels kAvx2 = {
     "avx2",
+    true,
     tile_channels,
     packed_bytes<Lanes256>,
     pack_tiles<Lanes256>,
@@ -166,6 +172,7 @@ constexpr LinearKernels kAvx2 = {
 
 constexpr LinearKernels kAvx512 = {
     "avx512",
+    false,
     tile_channels,
     packed_bytes<Lanes512>,
     pack_tiles<Lanes512>,

@@ -25,11 +25,12 @@ struct PackedMatrix {
 
 // The input of a linear layer: the float rows and, for the integer formats, their int8 form.
 // All buffers are the caller's; K is padded to a multiple of kGroupSize with zeros in the int8
-// form. quantize_rows fills quantized, scales and sums from values.
+// form. quantize_rows fills quantized, scales and sums from values, and widened where it is given.
 struct Activations {
   const float* values = nullptr;  // (T, K), row stride ld_values
   int64_t ld_values = 0;
   int8_t* quantized = nullptr;  // (T, padded K)
+  int16_t* widened = nullptr;   // (T, padded K): quantized in 16 bits, where reads_widened
   float* scales = nullptr;      // (T, groups): max |x| / 127 of each group, 0 for a zero group
   float* sums = nullptr;        // (T, groups): sum of the quantized values of the group
 };
@@ -42,6 +43,8 @@ static constexpr int padded_k(int K) { return num_groups(K) * kGroupSize; }
 // Everything about linear layers that depends on the instruction set, chosen once at load.
 struct LinearKernels {
   const char* isa;
+
+  bool reads_widened;  // whether gemm wants Activations::widened
 
   // Output channels of a tile, the unit in which work is split between threads.
   int (*tile_channels)(Format format);

@@ -12,15 +12,20 @@ namespace {
 bool needs_integers(const Matrix& w) { return w.packed.format != Format::kBf16; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
-  return {values, ld, operand.quantized, operand.scales, operand.sums};
+  return {values, ld, operand.quantized, operand.widened, operand.scales, operand.sums};
 }
 
 // Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
 // kGroupSize.
 Activations part_of_row(const Activations& x, int K, int t, int first) {
   const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
-  return {x.values + t * x.ld_values + first, x.ld_values, x.quantized + group * kGroupSize,
-          x.scales + group, x.sums + group};
+  int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
+  return {x.values + t * x.ld_values + first,
+          x.ld_values,
+          x.quantized + group * kGroupSize,
+          widened,
+          x.scales + group,
+          x.sums + group};
 }
 
 // Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
@@ -35,12 +40,15 @@ struct Carver {
   }
 };
 
-void lay_out(const Config& c, int64_t T, int num_threads, Carver* memory, RunState* s) {
+void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* memory,
+             RunState* s) {
   const int64_t tables = c.rope_inv_freq.size();
-  const int widest = std::max({c.hidden_size, c.attention_size(), c.intermediate_size});
+  const int input_size = c.reads_hidden ? 2 * c.hidden_size : c.hidden_size;
+  const int widest = std::max({input_size, c.attention_size(), c.intermediate_size});
   const auto take_operand = [&](Operand* operand, int64_t rows) {
-    memory->take(&operand->normed, rows * c.hidden_size);
+    memory->take(&operand->normed, rows * input_size);
     memory->take(&operand->quantized, rows * padded_k(widest));
+    if (widens) memory->take(&operand->widened, rows * padded_k(widest));
     memory->take(&operand->scales, rows * num_groups(widest));
     memory->take(&operand->sums, rows * num_groups(widest));
   };
@@ -58,14 +66,41 @@ void lay_out(const Config& c, int64_t T, int num_threads, Carver* memory, RunSta
   memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
 }
 
+int64_t max_attention_parts(int num_threads, int max_blocks_per_seq) {
+  const int num_segments = attention_segments(0, max_blocks_per_seq * kBlockSize, 0).end;
+  return int64_t{kMaxPartedUnits} * num_threads * num_segments;
+}
+
+int64_t attention_parts_bytes(int64_t num_parts, int head_dim) {
+  return num_parts * attention_state_floats(kMaxPartRows, head_dim) * sizeof(float);
+}
+
 }  // namespace
 
+int64_t Model::activation_bytes(const Config& config, const std::string& isa, int num_threads,
+                                int max_tokens, int max_blocks_per_seq) {
+  const LinearKernels* linear = linear_kernels(isa.c_str());
+  if (linear == nullptr) throw std::invalid_argument("unknown instruction set " + isa);
+  RunState s;
+  Carver sizes;
+  lay_out(config, max_tokens, num_threads, linear->reads_widened, &sizes, &s);
+  const int64_t scratch = attention_scratch_floats(config.head_dim) * sizeof(float) +
+                          SamplerScratch(config.vocab_size).bytes();
+  const int64_t num_parts = max_attention_parts(num_threads, max_blocks_per_seq);
+  return sizes.bytes + num_threads * scratch + attention_parts_bytes(num_parts, config.head_dim);
+}
+
+int64_t Model::activation_bytes() const {
+  int64_t bytes = state_.memory.bytes() + attention_states_.bytes();
+  for (const Buffer& scratch : state_.attention_scratch) bytes += scratch.bytes();
+  for (const SamplerScratch& scratch : state_.sampler_scratch) bytes += scratch.bytes();
+  return bytes;
+}
+
 void Model::bind(const Batch& batch, const Limits& limits) {
-  pool_.wait_until_idle();
-  const int num_segments = attention_segments(0, limits.max_blocks_per_seq * kBlockSize, 0).end;
-  const int64_t num_parts = int64_t{kMaxPartedUnits} * num_threads() * num_segments;
-  const int64_t bytes =
-      num_parts * attention_state_floats(kMaxPartRows, config_.head_dim) * sizeof(float);
+  pool_->wait_until_idle();
+  const int64_t num_parts = max_attention_parts(num_threads(), limits.max_blocks_per_seq);
+  const int64_t bytes = attention_parts_bytes(num_parts, config_.head_dim);
   if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
   parts_.reserve(num_parts);
   tiles_.reserve(limits.max_tokens);
@@ -78,10 +113,10 @@ void Model::bind(const Batch& batch, const Limits& limits) {
 RunState Model::make_state(int max_tokens) const {
   RunState s;
   Carver sizes;
-  lay_out(config_, max_tokens, num_threads(), &sizes, &s);
+  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &sizes, &s);
   s.memory = Buffer(sizes.bytes);
   Carver places{s.memory.data()};
-  lay_out(config_, max_tokens, num_threads(), &places, &s);
+  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &places, &s);
   for (int thread = 0; thread < num_threads(); ++thread) {
     s.attention_scratch.emplace_back(attention_scratch_floats(config_.head_dim) * sizeof(float));
     s.sampler_scratch.emplace_back(config_.vocab_size);
@@ -102,6 +137,7 @@ void Model::check(const Step& step) const {
   for (int t = 0; t < step.num_tokens; ++t) {
     require(b.token_ids[t] >= 0 && b.token_ids[t] < config_.vocab_size, "token id out of range");
     require(b.slot_mapping[t] >= 0 && b.slot_mapping[t] < num_slots, "slot out of range");
+    require(b.hidden == nullptr || b.hidden_rows[t] < limits_.hidden_rows, "hidden row");
   }
   require(b.query_start[0] == 0 && b.query_start[step.num_sequences] == step.num_tokens,
           "query_start does not cover the tokens");
@@ -132,6 +168,7 @@ void Model::check(const Step& step) const {
             "bias out of range");
     require(b.num_logprobs[r] <= kMaxLogprobs, "num_logprobs out of range");
   }
+  require(!config_.reads_hidden || b.previous_hidden != nullptr, "no hidden states to read");
   require(b.logits == nullptr || step.num_rows <= limits_.logits_rows, "logits buffer too small");
 }
 
@@ -141,10 +178,11 @@ void Model::step(int num_tokens, int num_sequences, int num_rows) {
   if (num_tokens == 0) return;
   plan_tiles(&step);
   plan_parts(&step);
-  pool_.run({num_tokens, num_sequences, num_rows, step.num_tiles, step.num_parts});
+  pool_->run(*this, {num_tokens, num_sequences, num_rows, step.num_tiles, step.num_parts});
 }
 
-void Model::run_thread(const Step& step, int thread) {
+void Model::run_thread(int thread, const ThreadPool::Arguments& sizes) {
+  const Step step{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]};
   embed(step, thread);
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     mix(step, layer, thread);
@@ -162,7 +200,7 @@ void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, con
   };
   int num_tiles = 0;
   for (const Matrix* part : parts) num_tiles += tiles_of(part);
-  pool_.share(thread, num_tiles, [&](int begin, int end) {
+  pool_->share(thread, num_tiles, [&](int begin, int end) {
     int first_tile = 0;
     int64_t channel = 0;
     for (const Matrix* part : parts) {
@@ -177,25 +215,49 @@ void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, con
   });
 }
 
-void Model::embed(const Step& step, int thread) {
+void Model::embed_token(int t, float* row) {
+  linear_->unpack_row(weights_.embedding.packed, batch_.token_ids[t], row);
+  if (config_.embedding_scale != 1) {
+    vector_->scale(row, config_.embedding_scale, config_.hidden_size);
+  }
+}
+
+// cos and sin of a token's position, for every table.
+void Model::rotate_positions(int t) {
   const Config& c = config_;
   const int half = c.head_dim / 2;
   const int64_t table_size = int64_t{limits_.max_tokens} * half;
-  for_units(thread, step.num_tokens, [&](int t) {
-    float* row = state_.hidden + int64_t{t} * c.hidden_size;
-    linear_->unpack_row(weights_.embedding.packed, batch_.token_ids[t], row);
-    if (c.embedding_scale != 1) vector_->scale(row, c.embedding_scale, c.hidden_size);
-    const float position = static_cast<float>(batch_.positions[t]);
-    for (size_t table = 0; table < c.rope_inv_freq.size(); ++table) {
-      float* cos = state_.cos + table * table_size + int64_t{t} * half;
-      float* sin = state_.sin + table * table_size + int64_t{t} * half;
-      for (int i = 0; i < half; ++i) {
-        const float angle = position * c.rope_inv_freq[table][i];
-        cos[i] = std::cos(angle) * c.rope_attention_factor;
-        sin[i] = std::sin(angle) * c.rope_attention_factor;
-      }
+  const float position = static_cast<float>(batch_.positions[t]);
+  for (size_t table = 0; table < c.rope_inv_freq.size(); ++table) {
+    float* cos = state_.cos + table * table_size + int64_t{t} * half;
+    float* sin = state_.sin + table * table_size + int64_t{t} * half;
+    for (int i = 0; i < half; ++i) {
+      const float angle = position * c.rope_inv_freq[table][i];
+      cos[i] = std::cos(angle) * c.rope_attention_factor;
+      sin[i] = std::sin(angle) * c.rope_attention_factor;
     }
+  }
+}
+
+void Model::embed(const Step& step, int thread) {
+  const int D = config_.hidden_size;
+  if (!config_.reads_hidden) {
+    return for_units(thread, step.num_tokens, [&](int t) {
+      embed_token(t, state_.hidden + int64_t{t} * D);
+      rotate_positions(t);
+    });
+  }
+  const Activations x = activations(state_.shared.normed, 2 * int64_t{D}, state_.shared);
+  for_units(thread, step.num_tokens, [&](int t) {
+    float* row = state_.shared.normed + 2 * int64_t{D} * t;
+    const float* previous = batch_.previous_hidden + int64_t{D} * batch_.previous_rows[t];
+    embed_token(t, row);
+    vector_->rms_norm(row, weights_.embedding_norm.data(), config_.norm_eps, D, row);
+    vector_->rms_norm(previous, weights_.hidden_norm.data(), config_.norm_eps, D, row + D);
+    linear_->quantize_rows(x, 2 * D, t, t + 1);
+    rotate_positions(t);
   });
+  multiply(thread, {&weights_.input_projection}, x, step.num_tokens, state_.hidden, D, false);
 }
 
 // Adds the former branch where it waits for its post norm; returns norm(hidden), quantized.
@@ -216,7 +278,7 @@ Activations Model::norm_rows(const Step& step, const FloatVector& weight,
     linear_->quantize_rows(x, D, t, t + 1);
   };
   if (alone) {
-    for (int t = 0; t < step.num_tokens && pool_.is_next_open(thread); ++t) norm_row(t);
+    for (int t = 0; t < step.num_tokens && pool_->is_next_open(thread); ++t) norm_row(t);
   } else {
     for_units(thread, step.num_tokens, norm_row);
   }
@@ -229,7 +291,7 @@ Activations Model::quantize_attention(const Step& step, const Matrix& w, int thr
   const Activations x = activations(state_.attention, K, operand);
   if (!needs_integers(w)) return x;
   if (replicates(step)) {
-    if (pool_.is_next_open(thread)) linear_->quantize_rows(x, K, 0, step.num_tokens);
+    if (pool_->is_next_open(thread)) linear_->quantize_rows(x, K, 0, step.num_tokens);
   } else {
     for_units(thread, step.num_tokens, [&](int t) { linear_->quantize_rows(x, K, t, t + 1); });
   }
@@ -279,7 +341,7 @@ void Model::gate_up(const Step& step, int layer, int thread, const Activations& 
     linear_->gemm(part.packed, x, step.num_tokens, y, ld, begin * tiles,
                   std::min(end * tiles, (I + channels - 1) / channels), false);
   };
-  pool_.share(thread, num_groups(I), [&](int begin, int end) {
+  pool_->share(thread, num_groups(I), [&](int begin, int end) {
     multiply_groups(w.gate, begin, end, state_.mlp);
     multiply_groups(w.up, begin, end, state_.mlp + I);
     const int first = begin * kGroupSize, size = std::min(end * kGroupSize, I) - first;
@@ -293,28 +355,47 @@ void Model::gate_up(const Step& step, int layer, int thread, const Activations& 
   });
 }
 
-// Logits of the rows that need them, a chunk at a time, and their samples.
+// out = norm(hidden) of one token: what the head reads.
+void Model::norm_final(int64_t t, float* out) {
+  const Config& c = config_;
+  const FloatVector& post_norm = weights_.layers.back().mlp_post_norm;
+  float* hidden = state_.hidden + t * c.hidden_size;
+  if (!post_norm.empty()) {
+    float* branch = state_.branch + t * c.hidden_size;
+    vector_->rms_norm(branch, post_norm.data(), c.norm_eps, c.hidden_size, branch);
+    vector_->add(hidden, branch, c.hidden_size);
+  }
+  vector_->rms_norm(hidden, weights_.final_norm.data(), c.norm_eps, c.hidden_size, out);
+}
+
+// Logits of the rows that need them, a chunk at a time, and their samples. The hidden states that
+// somebody wants are normed first, all at once.
 void Model::sample(const Step& step, int thread) {
   const Config& c = config_;
-  const int D = c.hidden_size, V = c.vocab_size;
-  const Matrix& head = weights_.output.loaded() ? weights_.output : weights_.embedding;
-  const FloatVector& post_norm = weights_.layers.back().mlp_post_norm;
+  const int D = c.hidden_size, V = head().packed.N;
   const Activations normed = activations(state_.shared.normed, D, state_.shared);
+  const auto kept = [&](int64_t t) -> float* {
+    if (batch_.hidden == nullptr || batch_.hidden_rows[t] < 0) return nullptr;
+    return batch_.hidden + int64_t{batch_.hidden_rows[t]} * D;
+  };
+  if (batch_.hidden != nullptr) {
+    for_units(thread, step.num_tokens, [&](int t) {
+      if (float* row = kept(t)) norm_final(t, row);
+    });
+  }
   for (int first = 0; first < step.num_rows; first += kLogitsChunk) {
     const int num_rows = std::min(kLogitsChunk, step.num_rows - first);
     for_units(thread, num_rows, [&](int i) {
       const int64_t t = batch_.logits_rows[first + i];
-      float* hidden = state_.hidden + t * D;
-      if (!post_norm.empty()) {
-        float* branch = state_.branch + t * D;
-        vector_->rms_norm(branch, post_norm.data(), c.norm_eps, D, branch);
-        vector_->add(hidden, branch, D);
+      float* row = state_.shared.normed + int64_t{i} * D;
+      if (const float* known = kept(t)) {
+        std::copy_n(known, D, row);
+      } else {
+        norm_final(t, row);
       }
-      vector_->rms_norm(hidden, weights_.final_norm.data(), c.norm_eps, D,
-                        state_.shared.normed + int64_t{i} * D);
       linear_->quantize_rows(normed, D, i, i + 1);
     });
-    multiply(thread, {&head}, normed, num_rows, state_.logits, V, false);
+    multiply(thread, {&head()}, normed, num_rows, state_.logits, V, false);
     for_units(thread, num_rows,
               [&](int i) { sample_one(first + i, state_.logits + int64_t{i} * V, thread); });
   }
@@ -322,7 +403,8 @@ void Model::sample(const Step& step, int thread) {
 
 void Model::sample_one(int row, float* logits, int thread) {
   const Batch& b = batch_;
-  const int V = config_.vocab_size;
+  const int V = head().packed.N;
+  const std::vector<int32_t>& head_ids = weights_.head_ids;
   if (b.logits != nullptr) std::copy(logits, logits + V, b.logits + int64_t{row} * V);
   RowParams p;
   p.temperature = b.temperature[row];
@@ -336,6 +418,7 @@ void Model::sample_one(int row, float* logits, int thread) {
   p.num_logprobs = b.num_logprobs[row];
   p.noise_position = b.noise_position[row];
   p.seed = b.seed[row];
+  p.noise_ids = head_ids.empty() ? nullptr : head_ids.data();
   p.history_ids = b.history_ids + b.history_start[row];
   p.history_size = b.history_end[row] - b.history_start[row];
   p.output_start = b.history_output_start[row] - b.history_start[row];
@@ -344,7 +427,12 @@ void Model::sample_one(int row, float* logits, int thread) {
   p.bias_size = b.bias_start[row + 1] - b.bias_start[row];
   RowResult result;
   sample_row(p, logits, V, state_.sampler_scratch[thread], &result);
-  b.sampled_ids[row] = result.error == RowError::kNone ? result.id : -1;
+  if (result.error != RowError::kNone) {
+    result.id = -1;
+  } else if (!head_ids.empty()) {
+    result.id = head_ids[result.id];
+  }
+  b.sampled_ids[row] = result.id;
   b.sampled_logprobs[row] = result.logprob;
   for (int i = 0; i < result.num_top; ++i) {
     b.top_ids[int64_t{row} * kMaxLogprobs + i] = result.top_ids[i];

@@ -33,6 +33,9 @@ struct Config {
   std::vector<int> layer_rope_index;              // (num_layers,) row of rope_inv_freq
   std::vector<std::vector<float>> rope_inv_freq;  // (tables, HD / 2)
   float rope_attention_factor = 1;                // multiplies cos and sin
+  // A multi-token-prediction module: a token's input is a projection of its embedding and of the
+  // hidden state before it (DeepSeek-V3 Technical Report, section 2.2).
+  bool reads_hidden = false;
 
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int attention_size() const { return num_heads * head_dim; }
@@ -63,16 +66,22 @@ struct LayerWeights {
 
 struct Weights {
   Arena arena;
-  Matrix embedding;        // (V, D)
-  Matrix output;           // (V, D), absent where the embedding is the head
-  FloatVector final_norm;  // (D,)
+  Matrix embedding;               // (V, D)
+  Matrix output;                  // (V, D), absent where the embedding is the head; or, for a head
+                                  // over some tokens only, (head_ids, D)
+  std::vector<int32_t> head_ids;  // the tokens of `output`'s rows; empty: all, in order
+  FloatVector final_norm;         // (D,)
+  FloatVector embedding_norm;     // (D,), where hidden states are read, and so the next two
+  FloatVector hidden_norm;        // (D,)
+  Matrix input_projection;        // (D, 2 D): embedding, then hidden state
   std::vector<LayerWeights> layers;
 };
 
 // The input of a linear layer, in the forms that its formats want.
 struct Operand {
-  float* normed = nullptr;      // (rows, D)
+  float* normed = nullptr;      // (rows, D), or (rows, 2 D) where hidden states are read
   int8_t* quantized = nullptr;  // (rows, widest padded K)
+  int16_t* widened = nullptr;   // (rows, widest padded K), where the kernels want it
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
 };
@@ -108,16 +117,25 @@ constexpr int kLogitsChunk = 32;
 constexpr int kMaxPartRows = 16;
 constexpr int kMaxPartedUnits = 4;
 
-class Model {
+class Model final : private ThreadPool::Job {
  public:
-  // Throws std::invalid_argument where the shape or the instruction set cannot be computed here.
-  Model(const Config& config, int num_threads, const std::string& isa);
+  // Models that share a pool are driven by the same thread, one after the other. Throws
+  // std::invalid_argument where the shape or the instruction set cannot be computed here.
+  Model(const Config& config, std::shared_ptr<ThreadPool> pool, const std::string& isa);
+  ~Model() { pool_->wait_until_idle(); }
 
   // Both may be called from several threads at once, for different slots.
   void load_vector(const std::string& slot, int layer, const float* values, int64_t size);
   void load_matrix(const std::string& slot, int layer, const std::string& block_type,
                    const uint8_t* data, int64_t data_bytes, int64_t num_rows, int64_t num_cols,
                    const std::string& format, int interleaved_rope_heads);
+
+  // Takes the embedding of another model, which outlives this one, and its head where this one
+  // has none. Throws std::invalid_argument where the shapes differ.
+  void share_embedding(const Model& owner);
+
+  // The tokens that the rows of `output` stand for, before it is loaded.
+  void set_head_ids(const int32_t* ids, int64_t size);
 
   // Throws std::invalid_argument naming the first slot that is missing.
   void finalize();
@@ -127,13 +145,25 @@ class Model {
   // Sets the buffers of the next steps and allocates the activations for them.
   void bind(const Batch& batch, const Limits& limits);
 
+  // Where the next steps read hidden states from.
+  void set_previous_hidden(const float* rows) { batch_.previous_hidden = rows; }
+
   // Computes the step and samples its rows. Throws std::invalid_argument where the batch would
   // read or write outside of what is bound, before anything is computed.
   void step(int num_tokens, int num_sequences, int num_rows);
 
+  // Bytes that bind() allocates for such a model and batch, known before anything is loaded.
+  static int64_t activation_bytes(const Config& config, const std::string& isa, int num_threads,
+                                  int max_tokens, int max_blocks_per_seq);
+  int64_t activation_bytes() const;  // allocated now
+
   const Config& config() const { return config_; }
-  int num_threads() const { return pool_.num_threads(); }
+  // The residual stream of the last step, (T, D): what a module that reads hidden states is given
+  // when it goes on from its own output. Complete for rows that needed logits.
+  const float* residual_stream() const { return state_.hidden; }
+  int num_threads() const { return pool_->num_threads(); }
   const char* isa() const { return linear_->isa; }
+  const std::shared_ptr<ThreadPool>& pool() const { return pool_; }
   int num_kv_blocks() const { return kv_.num_blocks; }
   KvDtype kv_dtype() const { return kv_.dtype; }
   int64_t weights_bytes() const;
@@ -163,8 +193,10 @@ class Model {
   void check(const Step& step) const;
   void plan_tiles(Step* step);
   void plan_parts(Step* step);
-  void run_thread(const Step& step, int thread);
+  void run_thread(int thread, const ThreadPool::Arguments& sizes) override;
   void embed(const Step& step, int thread);
+  void embed_token(int t, float* row);
+  void rotate_positions(int t);
   void rotate_and_cache(const Step& step, int layer, int thread);
   void attend(const Step& step, int layer, int thread);
   void attend_parts(const Step& step, int layer, int thread);
@@ -172,6 +204,10 @@ class Model {
   void mix(const Step& step, int layer, int thread);
   void transform(const Step& step, int layer, int thread);
   void gate_up(const Step& step, int layer, int thread, const Activations& x);
+  const Matrix& head() const {
+    return weights_.output.loaded() ? weights_.output : weights_.embedding;
+  }
+  void norm_final(int64_t t, float* out);
   void sample(const Step& step, int thread);
   void sample_one(int row, float* logits, int thread);
 
@@ -201,13 +237,12 @@ class Model {
   std::vector<Tile> tiles_;
   std::vector<AttentionPart> parts_;  // empty where the tiles are shared whole
   Buffer attention_states_;           // a state of kMaxPartRows a part
-  // Last, so that its threads have ended before anything that they read goes.
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
 };
 
 template <typename Op>
 void Model::for_units(int thread, int num_units, Op op) {
-  pool_.share(thread, num_units, [&](int begin, int end) {
+  pool_->share(thread, num_units, [&](int begin, int end) {
     for (int unit = begin; unit < end; ++unit) op(unit);
   });
 }

@@ -19,6 +19,7 @@
 // set. Log probabilities are those of the row as it came in: step 1 has not touched it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -39,6 +40,7 @@ struct RowParams {
   int32_t num_logprobs = -1;   // -1: none wanted; else the number of alternatives
   int32_t noise_position = 0;  // index in the sequence of the token being sampled
   uint64_t seed = 0;
+  const int32_t* noise_ids = nullptr;    // (V,) ids that the noise is drawn for; null: the index
   const int32_t* history_ids = nullptr;  // (history_size,): prompt, then output
   int32_t history_size = 0;
   int32_t output_start = 0;            // index in history_ids of the first output token
@@ -68,6 +70,8 @@ struct RowResult {
 // Buffers of one thread, allocated once for the largest vocabulary it will see.
 struct SamplerScratch {
   explicit SamplerScratch(int V);
+
+  size_t bytes() const;
 
   std::vector<float> block_max;  // largest value of each block of the row
   std::vector<float> weights;    // (V + 1,) candidates' weights; one more is written, then dropped

@@ -3,7 +3,6 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <utility>
 
 namespace fulcrum {
 namespace {
@@ -35,10 +34,8 @@ void spin_until(Done done) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads, std::function<void(int, const Arguments&)> job)
-    : num_threads_(std::max(1, num_threads)),
-      job_(std::move(job)),
-      places_(new Place[num_threads_]) {
+ThreadPool::ThreadPool(int num_threads)
+    : num_threads_(std::max(1, num_threads)), places_(new Place[num_threads_]) {
   try {
     for (int thread = 1; thread < num_threads_; ++thread) {
       threads_.emplace_back([this, thread] { work(thread); });
@@ -58,16 +55,17 @@ void ThreadPool::stop() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void ThreadPool::run(const Arguments& arguments) {
+void ThreadPool::run(Job& job, const Arguments& arguments) {
   const uint32_t first_phase = open_phase();
   generation_.fetch_add(1);
+  job_.store(&job);
   first_phase_.store(first_phase);
   for (size_t i = 0; i < arguments.size(); ++i) arguments_[i].store(arguments[i]);
   is_open_.store(true);
   generation_.fetch_add(1);
   if (num_sleeping_.load() > 0) generation_.notify_all();
   places_[0].phase = first_phase;
-  job_(0, arguments);
+  job.run_thread(0, arguments);
   is_open_.store(false);
 }
 
@@ -88,9 +86,10 @@ void ThreadPool::wait_for_job(uint32_t seen) {
 }
 
 // Copies the job as of one generation, and returns which.
-uint32_t ThreadPool::read_job(uint32_t* first_phase, Arguments* arguments) const {
+uint32_t ThreadPool::read_job(Job** job, uint32_t* first_phase, Arguments* arguments) const {
   while (true) {
     const uint32_t generation = generation_.load();
+    *job = job_.load();
     *first_phase = first_phase_.load();
     for (size_t i = 0; i < arguments->size(); ++i) (*arguments)[i] = arguments_[i].load();
     if (generation % 2 == 0 && generation_.load() == generation) return generation;
@@ -107,9 +106,10 @@ void ThreadPool::work(int thread) {
     // Inside first, then a look whether the job is still open: either wait_until_idle sees this
     // thread, or this thread sees that there is nothing left to do.
     place.is_inside.store(true);
+    Job* job = nullptr;
     Arguments arguments;
-    seen = read_job(&place.phase, &arguments);
-    if (is_open_.load()) job_(thread, arguments);
+    seen = read_job(&job, &place.phase, &arguments);
+    if (is_open_.load()) job->run_thread(thread, arguments);
     place.is_inside.store(false);
   }
 }

@@ -1,13 +1,12 @@
-// The threads of a model: they live as long as it does and run each step together, every thread
-// the same code. An operation is over when all of its units are computed, not when all threads
-// have come by: a thread that the machine gave to somebody else holds up at most the units it has
-// taken, and skips what the others did without it.
+// The threads of a model, and of the models that draft for it: they live as long as these do and
+// run each step together, every thread the same code. An operation is over when all of its units
+// are computed, not when all threads have come by: a thread that the machine gave to somebody else
+// holds up at most the units it has taken, and skips what the others did without it.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -18,18 +17,26 @@ class ThreadPool {
  public:
   using Arguments = std::array<int, 5>;
 
-  // `job` must not throw, must call share() equally often on every thread, with equal numbers of
-  // units, and may write shared memory inside of share() only.
-  ThreadPool(int num_threads, std::function<void(int thread, const Arguments&)> job);
+  // What the threads run together. It must not throw, must call share() equally often on every
+  // thread, with equal numbers of units, and may write shared memory inside of share() only.
+  class Job {
+   public:
+    virtual void run_thread(int thread, const Arguments& arguments) = 0;
+
+   protected:
+    ~Job() = default;
+  };
+
+  explicit ThreadPool(int num_threads);
   ~ThreadPool();
 
   int num_threads() const { return num_threads_; }
 
   // Runs the job on every thread, the caller's being thread 0; returns when its last operation is
-  // over. Other threads may then still be on their way through it.
-  void run(const Arguments& arguments);
+  // over. Other threads may then still be on their way through it. One caller at a time.
+  void run(Job& job, const Arguments& arguments);
 
-  // Waits until no other thread is inside the job: before memory that it reads is replaced.
+  // Waits until no other thread is inside a job: before one, or memory that it reads, goes.
   void wait_until_idle() const;
 
   // Inside a job: calls op(begin, end) on parts of `num_units` (at least 1) units, shared among
@@ -68,10 +75,9 @@ class ThreadPool {
   void stop();
   void work(int thread);
   void wait_for_job(uint32_t seen);
-  uint32_t read_job(uint32_t* first_phase, Arguments* arguments) const;
+  uint32_t read_job(Job** job, uint32_t* first_phase, Arguments* arguments) const;
 
   const int num_threads_;
-  const std::function<void(int, const Arguments&)> job_;
   std::unique_ptr<Place[]> places_;  // (num_threads,)
   std::vector<std::thread> threads_;
   // The open operation's phase in the upper half, its next unit in the lower: taken together, so
@@ -80,6 +86,7 @@ class ThreadPool {
   alignas(64) std::atomic<int> num_completed_{0};
   // The job, guarded by its generation as a sequence lock: odd while it is written.
   alignas(64) std::atomic<uint32_t> generation_{0};
+  std::atomic<Job*> job_{nullptr};
   std::atomic<uint32_t> first_phase_{0};
   std::array<std::atomic<int>, std::tuple_size_v<Arguments>> arguments_{};
   std::atomic<bool> is_open_{false};  // false once the job's last operation is over

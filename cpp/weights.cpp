@@ -62,6 +62,7 @@ std::pair<int64_t, int64_t> matrix_shape(const Config& c, const std::string& slo
   if (slot == "attention_output") return {c.hidden_size, c.attention_size()};
   if (slot == "gate" || slot == "up") return {c.intermediate_size, c.hidden_size};
   if (slot == "down") return {c.hidden_size, c.intermediate_size};
+  if (slot == "input_projection") return {c.hidden_size, 2 * int64_t{c.hidden_size}};
   return {c.vocab_size, c.hidden_size};
 }
 
@@ -88,13 +89,11 @@ struct TileRows {
 
 }  // namespace
 
-Model::Model(const Config& config, int num_threads, const std::string& isa)
+Model::Model(const Config& config, std::shared_ptr<ThreadPool> pool, const std::string& isa)
     : config_(config),
       linear_(linear_kernels(isa.c_str())),
       vector_(vector_kernels(isa.c_str())),
-      pool_(num_threads, [this](int thread, const ThreadPool::Arguments& sizes) {
-        run_thread({sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]}, thread);
-      }) {
+      pool_(std::move(pool)) {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
   };
@@ -128,6 +127,10 @@ void Model::load_vector(const std::string& slot, int layer, const float* values,
   FloatVector* target = nullptr;
   if (slot == "final_norm") {
     target = &weights_.final_norm;
+  } else if (config_.reads_hidden && slot == "embedding_norm") {
+    target = &weights_.embedding_norm;
+  } else if (config_.reads_hidden && slot == "hidden_norm") {
+    target = &weights_.hidden_norm;
   } else if (layer >= 0 && layer < config_.num_layers) {
     for (const VectorSlot& entry : kVectorSlots) {
       if (slot == entry.name) target = &(weights_.layers[layer].*entry.member);
@@ -148,13 +151,15 @@ void Model::load_matrix(const std::string& slot, int layer, const std::string& b
   Matrix* target = nullptr;
   if (slot == "embedding") target = &weights_.embedding;
   if (slot == "output") target = &weights_.output;
+  if (config_.reads_hidden && slot == "input_projection") target = &weights_.input_projection;
   if (layer >= 0 && layer < config_.num_layers) {
     for (const MatrixSlot& entry : kMatrixSlots) {
       if (slot == entry.name) target = &(weights_.layers[layer].*entry.member);
     }
   }
   if (target == nullptr) fail(slot, layer, "no such matrix");
-  const auto [rows, cols] = matrix_shape(config_, slot);
+  auto [rows, cols] = matrix_shape(config_, slot);
+  if (slot == "output" && !weights_.head_ids.empty()) rows = weights_.head_ids.size();
   if (num_rows != rows || num_cols != cols) {
     fail(slot, layer, "has shape " + shape(num_rows, num_cols) + ", expected " + shape(rows, cols));
   }
@@ -197,9 +202,37 @@ void Model::load_matrix(const std::string& slot, int layer, const std::string& b
   *target = matrix;
 }
 
+void Model::share_embedding(const Model& owner) {
+  if (owner.config_.vocab_size != config_.vocab_size ||
+      owner.config_.hidden_size != config_.hidden_size) {
+    fail("embedding", -1, "has another shape in the model that it is shared with");
+  }
+  weights_.embedding = owner.weights_.embedding;
+  weights_.embedding.bytes = 0;  // counted where it is loaded
+  if (!weights_.output.loaded()) {
+    weights_.output = owner.head();
+    weights_.output.bytes = 0;
+  }
+}
+
+void Model::set_head_ids(const int32_t* ids, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (ids[i] < 0 || ids[i] >= config_.vocab_size) fail("head_ids", -1, "lie outside V");
+  }
+  weights_.head_ids.assign(ids, ids + size);
+}
+
 void Model::finalize() {
   if (!weights_.embedding.loaded()) fail("embedding", -1, "is missing");
   if (weights_.final_norm.empty()) fail("final_norm", -1, "is missing");
+  if (config_.reads_hidden) {
+    if (weights_.embedding_norm.empty()) fail("embedding_norm", -1, "is missing");
+    if (weights_.hidden_norm.empty()) fail("hidden_norm", -1, "is missing");
+    if (!weights_.input_projection.loaded()) fail("input_projection", -1, "is missing");
+  }
+  if (!weights_.head_ids.empty() && head().packed.N != int(weights_.head_ids.size())) {
+    fail("output", -1, "is missing: it has a row for each of the head's ids");
+  }
   for (int layer = 0; layer < config_.num_layers; ++layer) {
     const LayerWeights& w = weights_.layers[layer];
     for (const VectorSlot& entry : kVectorSlots) {
@@ -213,7 +246,11 @@ void Model::finalize() {
 
 int64_t Model::weights_bytes() const {
   int64_t bytes =
-      weights_.embedding.bytes + weights_.output.bytes + weights_.final_norm.size() * sizeof(float);
+      weights_.embedding.bytes + weights_.output.bytes + weights_.input_projection.bytes;
+  for (const FloatVector* norm :
+       {&weights_.final_norm, &weights_.embedding_norm, &weights_.hidden_norm}) {
+    bytes += norm->size() * sizeof(float);
+  }
   for (const LayerWeights& w : weights_.layers) {
     for (const MatrixSlot& entry : kMatrixSlots) bytes += (w.*entry.member).bytes;
     for (const VectorSlot& entry : kVectorSlots) {
@@ -225,7 +262,7 @@ int64_t Model::weights_bytes() const {
 
 void Model::allocate_kv(int num_blocks, KvDtype dtype) {
   if (num_blocks < 1) throw std::invalid_argument("the KV cache needs at least one block");
-  pool_.wait_until_idle();
+  pool_->wait_until_idle();
   kv_ = KvCache{};  // frees the former one first
   KvCache cache;
   cache.dtype = dtype;

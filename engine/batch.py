@@ -29,7 +29,10 @@ rows after it. What a running sequence needs in every step is written once, into
 #   sampled_logprobs float32 (R,) (only where num_logprobs >= 0)
 #   top_ids int32 (R, 20), top_logprobs float32 (R, 20)   descending, num_logprobs of them
 #   logits float32 (R, V), optional: bound by tests and tools only
+#   hidden float32 (any, D), optional: states after the final norm, that of token t in row
+#       hidden_rows[t] (int32 (T,), -1: not wanted)
 
+import time
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -84,13 +87,21 @@ class Batch:
         max_step_tokens: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        hidden: Float32Array | None = None,
     ) -> None:
+        """`hidden` (max_sequences * W, D) is given the last W hidden states of every lane: that of
+        position p in row p % W of the lane's."""
         self._core = core
         self._block_size = core.block_size
         self._max_model_len = max_model_len
         self._lanes = Lanes(max_sequences, max_model_len, core.block_size, eos_token_ids)
         self._buffers = _allocate(max_sequences, max_step_tokens, self._lanes.blocks.shape[1])
         self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
+        self._hidden_window = 0
+        if hidden is not None:
+            self._hidden_window = len(hidden) // max_sequences
+            self._buffers["hidden"] = hidden
+            self._buffers["hidden_rows"] = np.zeros(max_step_tokens, np.int32)
         core.bind(**self._buffers)
         # Of the step that is laid out: the lane of each row, whether it is a sample (None: all
         # are), and the first row of each sequence.
@@ -102,6 +113,11 @@ class Batch:
         self._row_penalised: Int32Array = np.zeros(0, np.int32)
         self._any_bias = False
         self._has_old_bias = False  # bias_start holds ranges of an earlier step
+
+    @property
+    def lanes(self) -> Lanes:
+        """The running sequences' texts, blocks and parameters: what drafters read."""
+        return self._lanes
 
     def open_lane(self, seq: Sequence) -> None:
         """Take in a sequence that the coming step is the first to advance."""
@@ -117,6 +133,9 @@ class Batch:
         computed = np.array([seq.num_computed_tokens for seq, _ in entries], np.int32)
         lengths = np.array([len(seq.token_ids) for seq, _ in entries], np.int32)
         num_new = np.array([count for _, count in entries], np.int32)
+        for seq, _ in entries:
+            if seq.draft_ids:
+                self._lanes.write_drafts(seq)
         query_start = buffers["query_start"]
         np.cumsum(num_new, out=query_start[1 : num_sequences + 1])
         num_tokens = int(query_start[num_sequences])
@@ -136,11 +155,13 @@ class Batch:
         block_index, offset = np.divmod(positions, self._block_size)
         slots = self._lanes.blocks[token_lanes, block_index] * self._block_size
         np.add(slots, offset, out=buffers["slot_mapping"][:num_tokens])
-        caught_up = seq_lens == lengths
-        if any(seq.needs_prompt_logprobs for seq, _ in entries):
-            self._select_prompt_rows(entries, caught_up, token_lanes, positions)
+        if self._hidden_window:
+            self._keep_hidden(token_lanes, positions, np.repeat(seq_lens, num_new))
+        if num_tokens == num_sequences and (seq_lens == lengths).all():
+            self._select_rows(lanes, lengths)
         else:
-            self._select_rows(lanes, lengths, caught_up)
+            first_samples = np.repeat(lengths, num_new) - 1
+            self._select_any_rows(entries, positions >= first_samples, token_lanes, positions)
         self._fill_params()
         return num_tokens, num_sequences, self._row_start[-1]
 
@@ -164,52 +185,79 @@ class Batch:
             buffers["top_logprobs"],
         )
 
-    def _select_rows(
-        self, lanes: NDArray[np.intp], lengths: Int32Array, caught_up: NDArray[np.bool_]
-    ) -> None:
-        """One row for each sequence that has caught up: its next token is sampled."""
+    def time_probe(self, num_tokens: int) -> float:
+        """Compute a made-up text of so many tokens, all of them sampled; return the seconds.
+
+        Only before anything is served: it writes into the first blocks of the cache.
+        """
         buffers = self._buffers
-        num_sequences = len(lanes)
-        last_rows = buffers["query_start"][1 : num_sequences + 1] - 1
-        if caught_up.all():
-            num_rows = num_sequences
-            self._row_start = list(range(num_rows + 1))
-        else:
-            lanes, last_rows = lanes[caught_up], last_rows[caught_up]
-            lengths = lengths[caught_up]
-            num_rows = len(lanes)
-            self._row_start = [0, *np.cumsum(caught_up).tolist()]
-        buffers["logits_rows"][:num_rows] = last_rows
+        positions = np.arange(num_tokens, dtype=np.int32)
+        for name in ("positions", "slot_mapping", "logits_rows", "noise_position"):
+            buffers[name][:num_tokens] = positions
+        buffers["token_ids"][:num_tokens] = 0
+        buffers["query_start"][:2] = (0, num_tokens)
+        buffers["seq_lens"][0] = num_tokens
+        num_columns = -(-num_tokens // self._block_size)
+        buffers["block_table"][0, :num_columns] = positions[:num_columns]
+        for name, value in (("target_ids", -1), ("num_logprobs", -1), ("repetition_penalty", 1)):
+            buffers[name][:num_tokens] = value
+        buffers["temperature"][:num_tokens] = 0
+        if self._hidden_window:
+            buffers["hidden_rows"][:num_tokens] = -1
+        began_s = time.perf_counter()
+        self._core.step(num_tokens, 1, num_tokens)
+        return time.perf_counter() - began_s
+
+    def _keep_hidden(
+        self, token_lanes: NDArray[np.intp], positions: Int32Array, ends: Int32Array
+    ) -> None:
+        """Ask for the last hidden states of each sequence, as far as its window holds them."""
+        window = self._hidden_window
+        rows = token_lanes * window + positions % window
+        rows[positions < ends - window] = -1
+        self._buffers["hidden_rows"][: len(rows)] = rows
+
+    def _select_rows(self, lanes: NDArray[np.intp], lengths: Int32Array) -> None:
+        """One row for each sequence, all of which decode without drafts."""
+        buffers = self._buffers
+        num_rows = len(lanes)
+        self._row_start = list(range(num_rows + 1))
+        buffers["logits_rows"][:num_rows] = self._row_start[:num_rows]
         buffers["noise_position"][:num_rows] = lengths
         buffers["target_ids"][:num_rows] = -1
         self._row_lanes = lanes
         self._row_samples = None
 
-    def _select_prompt_rows(
+    def _select_any_rows(
         self,
         entries: Row[tuple[Sequence, int]],
-        caught_up: NDArray[np.bool_],
+        samples: NDArray[np.bool_],
         token_lanes: NDArray[np.intp],
         positions: Int32Array,
     ) -> None:
-        """As `_select_rows`, with a row for every token of those that ask for the prompt's."""
+        """A row for every token whose next one is sampled, which `samples` marks, and for all
+        tokens of sequences that ask for the prompt's log probabilities."""
         buffers = self._buffers
         query_start = buffers["query_start"]
-        wanted = np.zeros(len(positions), np.bool_)
-        wanted[query_start[1 : len(entries) + 1][caught_up] - 1] = True
-        samples = wanted.copy()
-        for index, (seq, _) in enumerate(entries):
-            if seq.needs_prompt_logprobs:
-                wanted[query_start[index] : query_start[index + 1]] = True
+        wanted = samples
+        wants_prompt = any(seq.needs_prompt_logprobs for seq, _ in entries)
+        if wants_prompt:
+            wanted = samples.copy()
+            for index, (seq, _) in enumerate(entries):
+                if seq.needs_prompt_logprobs:
+                    wanted[query_start[index] : query_start[index + 1]] = True
         rows = np.flatnonzero(wanted)
         num_rows = len(rows)
         self._row_lanes = token_lanes[rows]
-        self._row_samples = samples[rows]
+        self._row_samples = samples[rows] if wants_prompt else None
         noise_position = np.add(positions[rows], 1, out=buffers["noise_position"][:num_rows])
-        # A sample's own position may lie past the end of the lane's tokens: it is not read.
-        known = self._lanes.tokens[self._row_lanes, noise_position * ~self._row_samples]
         buffers["logits_rows"][:num_rows] = rows
-        buffers["target_ids"][:num_rows] = np.where(self._row_samples, -1, known)
+        if self._row_samples is None:
+            buffers["target_ids"][:num_rows] = -1
+        else:
+            # A sample's own position may lie past the end of the lane's tokens: it is not read.
+            known = self._lanes.tokens[self._row_lanes, noise_position * ~self._row_samples]
+            buffers["target_ids"][:num_rows] = np.where(self._row_samples, -1, known)
         counts = np.concatenate(([0], np.cumsum(wanted)))
         self._row_start = counts[query_start[: len(entries) + 1]].tolist()
 

@@ -7,6 +7,7 @@ import msgspec
 Quantization = Literal["auto", "none", "int8", "int4"]
 KvDtype = Literal["bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
+SpeculationMode = Literal["auto", "off", "ngram", "mtp", "draft"]
 
 
 class ConfigError(ValueError):
@@ -25,6 +26,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
+    speculation: SpeculationMode = "auto"
+    draft_model: str | None = None  # short name, folder, .gguf file or hub id
+    mtp_head: str | None = None  # folder that tools.train_mtp wrote
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
@@ -36,6 +40,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
+        if self.speculation not in ("auto", "off", "ngram", "mtp", "draft"):
+            raise ConfigError(
+                f"--speculation {self.speculation}: choose auto, off, ngram, mtp or draft"
+            )
+        if self.speculation == "draft" and self.draft_model is None:
+            raise ConfigError("--speculation draft: name the model that drafts by --draft-model")
         for name, value in (
             ("--max-sequences", self.max_sequences),
             ("--max-step-tokens", self.max_step_tokens),

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import msgspec
 
 from engine.config import ConfigError, EngineConfig, KvDtype
-from engine.machine import available_memory_bytes
 
 # Longer contexts are for the user to ask for: their KV cache is what the memory goes to.
 _DEFAULT_MAX_MODEL_LEN = 8192
@@ -31,18 +30,21 @@ def plan_context(
     max_position: int,
     block_size: int,
     block_bytes_of: Callable[[KvDtype], int],
+    available_bytes: int,
 ) -> ContextPlan:
-    """Choose the context length, the KV dtype and the number of KV blocks, after the weights are
-    loaded.
+    """Choose the context length, the KV dtype and the number of KV blocks.
 
-    `max_position` is the model's own limit in tokens. What the user asked for is kept or refused
-    with a ConfigError; defaults give way to what the memory holds.
+    `max_position` is the model's own limit in tokens, `available_bytes` what the weights leave.
+    What the user asked for is kept or refused with a ConfigError; defaults give way to what the
+    memory holds.
     """
-    max_model_len, len_reason = _wanted_model_len(config, max_position)
+    max_model_len, len_reason = wanted_model_len(config, max_position)
     needed = -(-max_model_len // block_size)
     kv_dtype, dtype_reason = _kv_dtype(config, needed, block_bytes_of)
     block_bytes = block_bytes_of(kv_dtype)
-    num_blocks, blocks_reason = _wanted_blocks(config, max_model_len, block_size, block_bytes)
+    num_blocks, blocks_reason = _wanted_blocks(
+        config, max_model_len, block_size, block_bytes, available_bytes
+    )
     if num_blocks < needed:
         if config.max_model_len is not None or num_blocks == 0:
             raise ConfigError(
@@ -68,7 +70,8 @@ def _kv_dtype(
     return "bf16", "lossless by default"
 
 
-def _wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
+def wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
+    """The length that is asked for, before memory has a say, and why; `own` is the model's."""
     if config.max_model_len is None:
         if own <= _DEFAULT_MAX_MODEL_LEN:
             return own, "the model's own"
@@ -79,9 +82,8 @@ def _wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
 
 
 def _wanted_blocks(
-    config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int
+    config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int, available: int
 ) -> tuple[int, str]:
-    available = available_memory_bytes()
     if config.kv_memory_bytes is not None:
         if config.kv_memory_bytes > available:
             raise ConfigError(

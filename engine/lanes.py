@@ -81,6 +81,11 @@ class Lanes:
         if self.is_biased[lane]:
             self.bias[lane] = self._make_bias(seq)
 
+    def write_drafts(self, seq: Sequence) -> None:
+        """Put the drafts behind the tokens, as penalties see them."""
+        end = len(seq.token_ids)
+        self.tokens[seq.lane, end : end + len(seq.draft_ids)] = seq.draft_ids
+
     def write_new_blocks(self, entries: Row[tuple[Sequence, int]]) -> None:
         """Append the blocks that sequences were given since the step before."""
         for seq, _ in entries:

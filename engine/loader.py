@@ -1,12 +1,15 @@
 """From an EngineConfig to a model that is ready to run: files, weights, tokenizer, KV cache.
 
-The server and the tools call `load_model` once, before the engine starts.
+The server and the tools call `load_model` before the engine starts, and to apply other settings.
 """
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +22,15 @@ from engine.checkpoint.progress import Progress
 from engine.checkpoint.sources import ResolvedModel, resolve
 from engine.checkpoint.tensor import CheckpointError, StoredTensor
 from engine.config import ConfigError, EngineConfig, KvDtype
-from engine.context_plan import plan_context
+from engine.ledger import DeploymentPlan, Ledger, plan_deployment
 from engine.machine import physical_cores
 from engine.models import spec_from_config, spec_from_gguf
+from engine.models.core_config import core_config
 from engine.models.settings import Settings
 from engine.models.spec import ModelSpec
-from engine.models.weights import WeightPlan, load_vectors, plan_weights, submit_matrices
+from engine.models.weights import WeightPlan, load_vectors, submit_matrices
+from engine.speculation.load import load_speculation
+from engine.speculation.setup import Speculation
 from engine.tokenizer.chat_template import (
     ChatTemplate,
     chat_template_from_folder,
@@ -33,6 +39,8 @@ from engine.tokenizer.chat_template import (
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
 from engine.tokenizer.load import tokenizer_from_folder, tokenizer_from_gguf
 from engine.tokenizer.protocol import Tokenizer
+
+TextSide = tuple[Tokenizer, ChatTemplate | None]
 
 _ISAS = ("portable", "avx2", "avx512")  # each includes the ones before it
 _SAMPLED_BYTES = 1 << 16  # at either end of a file, for the fingerprint
@@ -71,37 +79,58 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # of weights and settings
     isa: str
     num_threads: int
+    ledger: Ledger  # as planned before loading
+    speculation: Speculation
 
 
-class _Checkpoint(msgspec.Struct, frozen=True):
+class Checkpoint(msgspec.Struct, frozen=True):
     """What a checkpoint of either kind offers."""
 
     spec: ModelSpec
     tensors: Mapping[str, StoredTensor]
-    read_text: Callable[[], tuple[Tokenizer, ChatTemplate | None]]
+    read_text: Callable[[], TextSide]
     eos_token_ids: tuple[int, ...] = ()  # beyond the spec's
     generation_defaults: GenerationDefaults = GenerationDefaults()
 
 
-def load_model(config: EngineConfig, *, progress: Progress | None = None) -> LoadedModel:
+class ModelHeaders(msgspec.Struct, frozen=True):
+    """What is known of a model and its device before a weight is read."""
+
+    resolved: ResolvedModel
+    checkpoint: Checkpoint
+    isa: str
+    num_threads: int
+
+
+def load_model(
+    config: EngineConfig,
+    *,
+    progress: Progress | None = None,
+    niceness: int = 0,
+    available_bytes: int | None = None,
+    text: TextSide | None = None,
+) -> LoadedModel:
     """Load the model that `config` names. Raises ConfigError, of one line, for whatever is wrong.
 
-    Progress of a fetch goes to standard error unless given.
+    Progress of a fetch goes to standard error unless given. With a `niceness` one thread of that
+    priority loads, beside a model that serves; `text` is that model's tokenizer and template.
     """
-    if config.device == "cuda":
-        raise ConfigError("--device cuda: this build computes on the CPU; choose auto or cpu")
-    isa = _isa(config)
-    num_threads = config.num_threads or physical_cores()
-    resolved = resolve(config.model, progress)
-    checkpoint = _open(resolved)
+    headers = read_headers(config, progress)
+    plan = plan_headers(config, headers, available_bytes)
+    resolved, checkpoint, context = headers.resolved, headers.checkpoint, plan.context
     spec = checkpoint.spec
-    plan = plan_weights(spec, checkpoint.tensors, config.quantization, str(resolved.path))
     try:
-        core = fulcrum_core.Model(core_config(spec), num_threads, isa)
-        tokenizer, chat_template = _fill(core, checkpoint, plan, num_threads)
+        core = fulcrum_core.Model(core_config(spec), headers.num_threads, headers.isa)
+        num_loaders = 1 if niceness else headers.num_threads
+        read_text = checkpoint.read_text if text is None else partial(_same, text)
+        tokenizer, chat_template = _fill(
+            core, checkpoint, plan.weights, read_text, num_loaders, niceness
+        )
         core.finalize()
-        context = plan_context(config, spec.max_position, core.block_size, core.kv_block_bytes)
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
+        speculation = load_speculation(
+            config, core, spec, checkpoint.tensors, context.num_kv_blocks
+        )
     except ConfigError:
         raise
     except (TokenizerError, ChatTemplateError, ValueError, RuntimeError) as error:
@@ -127,23 +156,62 @@ def load_model(config: EngineConfig, *, progress: Progress | None = None) -> Loa
         num_blocks_reason=context.num_blocks_reason,
         kv_dtype=context.kv_dtype,
         kv_dtype_reason=context.kv_dtype_reason,
-        formats=plan.formats,
-        quantization_reason=plan.reason,
-        fingerprint=_fingerprint(spec, plan, core.isa, context.kv_dtype),
+        formats=plan.weights.formats,
+        quantization_reason=plan.weights.reason,
+        fingerprint=_fingerprint(spec, plan.weights, core.isa, context.kv_dtype),
         isa=core.isa,
         num_threads=core.num_threads,
+        ledger=plan.ledger,
+        speculation=speculation,
+    )
+
+
+def read_headers(config: EngineConfig, progress: Progress | None = None) -> ModelHeaders:
+    """Find the model and read its headers; no weight is read. Raises ConfigError."""
+    if config.device == "cuda":
+        raise ConfigError("--device cuda: this build computes on the CPU; choose auto or cpu")
+    isa = _isa(config)
+    resolved = resolve(config.model, progress)
+    return ModelHeaders(
+        resolved=resolved,
+        checkpoint=_open(resolved),
+        isa=isa,
+        num_threads=config.num_threads or physical_cores(),
+    )
+
+
+def plan_headers(
+    config: EngineConfig, headers: ModelHeaders, available_bytes: int | None = None
+) -> DeploymentPlan:
+    """What `config` would make of these headers; see `plan_deployment`."""
+    return plan_deployment(
+        config,
+        headers.checkpoint.spec,
+        headers.checkpoint.tensors,
+        source=str(headers.resolved.path),
+        isa=headers.isa,
+        num_threads=headers.num_threads,
+        available_bytes=available_bytes,
     )
 
 
 def _fill(
-    core: fulcrum_core.Model, checkpoint: _Checkpoint, plan: WeightPlan, num_threads: int
-) -> tuple[Tokenizer, ChatTemplate | None]:
+    core: fulcrum_core.Model,
+    checkpoint: Checkpoint,
+    plan: WeightPlan,
+    read_text: Callable[[], TextSide],
+    num_threads: int,
+    niceness: int,
+) -> TextSide:
     """Load the weights; the tokenizer is built while the core packs the matrices."""
-    with ThreadPoolExecutor(num_threads) as executor:
+    # Niceness is a thread's own: the core's threads, made before, keep theirs.
+    with ThreadPoolExecutor(
+        num_threads, initializer=_lower_priority, initargs=(niceness,)
+    ) as executor:
         loading = submit_matrices(core, checkpoint.spec, plan, executor)
         try:
             load_vectors(core, checkpoint.spec, plan)
-            text = checkpoint.read_text()
+            text = read_text()
             for future in loading:
                 future.result()
         except BaseException:
@@ -152,25 +220,13 @@ def _fill(
     return text
 
 
-def core_config(spec: ModelSpec) -> fulcrum_core.Config:
-    """The core's form of a spec."""
-    config = fulcrum_core.Config()
-    config.num_layers = spec.num_layers
-    config.hidden_size = spec.hidden_size
-    config.intermediate_size = spec.intermediate_size
-    config.num_heads = spec.num_heads
-    config.num_kv_heads = spec.num_kv_heads
-    config.head_dim = spec.head_dim
-    config.vocab_size = spec.vocab_size
-    config.norm_eps = spec.norm_eps
-    config.activation = spec.activation
-    config.attention_scale = spec.attention_scale
-    config.embedding_scale = spec.embedding_scale
-    config.layer_windows = list(spec.layer_windows)
-    config.layer_rope_index = list(spec.layer_rope_index)
-    config.rope_inv_freq = [list(table) for table in spec.rope_inv_freq]
-    config.rope_attention_factor = spec.rope_attention_factor
-    return config
+def _same(text: TextSide) -> TextSide:
+    return text
+
+
+def _lower_priority(niceness: int) -> None:
+    if niceness:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _isa(config: EngineConfig) -> str:
@@ -183,22 +239,22 @@ def _isa(config: EngineConfig) -> str:
     return config.isa
 
 
-def _open(resolved: ResolvedModel) -> _Checkpoint:
+def _open(resolved: ResolvedModel) -> Checkpoint:
     return _open_gguf(resolved.path) if resolved.kind == "gguf" else _open_folder(resolved.path)
 
 
-def _open_gguf(path: Path) -> _Checkpoint:
+def _open_gguf(path: Path) -> Checkpoint:
     file = GgufFile(path)
 
-    def read_text() -> tuple[Tokenizer, ChatTemplate | None]:
+    def read_text() -> TextSide:
         tokenizer = tokenizer_from_gguf(file.metadata)
         return tokenizer, chat_template_from_gguf(file.metadata, tokenizer)
 
-    return _Checkpoint(spec_from_gguf(file), file.tensors, read_text)
+    return Checkpoint(spec_from_gguf(file), file.tensors, read_text)
 
 
-def _open_folder(folder: Path) -> _Checkpoint:
-    def read_text() -> tuple[Tokenizer, ChatTemplate | None]:
+def _open_folder(folder: Path) -> Checkpoint:
+    def read_text() -> TextSide:
         tokenizer = tokenizer_from_folder(folder)
         return tokenizer, chat_template_from_folder(folder, tokenizer)
 
@@ -206,9 +262,9 @@ def _open_folder(folder: Path) -> _Checkpoint:
     tensors = safetensors.read_folder(folder)
     spec = spec_from_config(_read_json(config_path), tensors, str(config_path))
     if not generation_path.exists():
-        return _Checkpoint(spec, tensors, read_text)
+        return Checkpoint(spec, tensors, read_text)
     generation = Settings(_read_json(generation_path), str(generation_path))
-    return _Checkpoint(
+    return Checkpoint(
         spec, tensors, read_text, generation.ids("eos_token_id"), _defaults(generation)
     )
 

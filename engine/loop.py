@@ -9,13 +9,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
-import msgspec
-
-from engine.batch import Batch, Core
-from engine.block_manager import BlockManager
+from engine.batch import Core
+from engine.migration import Former, Park, Switch, SwitchError, joined_load
+from engine.runner import EngineSettings, Runner, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.speculation.setup import OFF, Speculation
 from engine.types import Abort, EngineLoad, FinishReason, StepReport, Submit, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -26,16 +27,6 @@ FAILED = f"the engine stopped: {MAX_FAILED_STEPS} steps in a row failed"
 JOIN_WAIT_S = 5.0  # beyond the grace time, for the step that runs when it ends
 
 
-class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the engine thread must know of the model and the options, decided at load."""
-
-    max_model_len: int
-    num_kv_blocks: int  # that the core has allocated
-    eos_token_ids: tuple[int, ...]
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-
-
 class Engine:
     """Computes submitted sequences on a thread of its own.
 
@@ -44,33 +35,20 @@ class Engine:
     """
 
     def __init__(
-        self, core: Core, settings: EngineSettings, on_report: Callable[[StepReport], None]
+        self,
+        core: Core,
+        settings: EngineSettings,
+        on_report: Callable[[StepReport], None],
+        speculation: Speculation = OFF,
     ) -> None:
-        if settings.num_kv_blocks * core.block_size < settings.max_model_len:
-            raise ValueError(
-                f"{settings.num_kv_blocks} KV blocks of {core.block_size} tokens cannot hold one "
-                f"sequence of {settings.max_model_len}; allocate more or lower max_model_len"
-            )
-        if settings.max_step_tokens < settings.max_sequences:
-            raise ValueError("max_step_tokens must be at least max_sequences")
-        self._core = core
-        self._settings = settings
         self._on_report = on_report
         self._eos_token_ids = frozenset(settings.eos_token_ids)
-        self._scheduler = Scheduler(
-            BlockManager(settings.num_kv_blocks, core.block_size),
-            max_sequences=settings.max_sequences,
-            max_step_tokens=settings.max_step_tokens,
-            max_model_len=settings.max_model_len,
-        )
-        self._batch = Batch(
-            core,
-            max_sequences=settings.max_sequences,
-            max_step_tokens=settings.max_step_tokens,
-            max_model_len=settings.max_model_len,
-            eos_token_ids=self._eos_token_ids,
-        )
-        self._inbox: deque[Submit | Abort] = deque()
+        self._runner = Runner(core, settings, speculation)
+        self._former: Former | None = None  # while its sequences move to the core that took over
+        self._change: Switch | Park | None = None  # waits for its time
+        self._change_until_s = 0.0
+        self._is_parked = False
+        self._inbox: deque[Submit | Abort | Switch | Park] = deque()
         self._wake = threading.Event()
         # Guards the inbox against its end: a message is either read by the thread or refused.
         self._inbox_lock = threading.Lock()
@@ -82,8 +60,35 @@ class Engine:
         self._heartbeat_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
+    @property
+    def _scheduler(self) -> Scheduler:
+        return self._runner.scheduler
+
     def start(self) -> None:
         self._thread.start()
+
+    def switch(
+        self,
+        core: Core,
+        settings: EngineSettings,
+        *,
+        speculation: Speculation = OFF,
+        timeout_s: float = 60.0,
+    ) -> Future[None]:
+        """Serve with another core from the next step on; running sequences move to it.
+
+        The future resolves when all have moved. It fails with SwitchError, and the former core
+        serves on, where the new one cannot step, or where sequences that may outgrow the new
+        length have not ended after `timeout_s`.
+        """
+        return self._request_change(Switch(core, settings, speculation, timeout_s))
+
+    def park(self, grace_s: float) -> Future[None]:
+        """Release the core once nothing runs or `grace_s` is over; a switch brings the next.
+
+        Sequences that have not ended wait, and so does whatever is submitted meanwhile.
+        """
+        return self._request_change(Park(grace_s))
 
     def submit(self, message: Submit) -> None:
         """Queue a sequence; callable from any thread. After the end it is answered at once."""
@@ -143,21 +148,27 @@ class Engine:
     def _turn(self) -> bool:
         """Handle the inbox and compute one step, or wait for work; false at the end."""
         self._heartbeat_s = time.monotonic()
-        if not self._scheduler.has_work and not self._inbox:
+        if self._has_nothing_to_do() and not self._inbox:
             return self._wait()
         self._is_idle = False
         events = self._read_inbox()
-        if self._stop_at_s is not None and self._heartbeat_s >= self._stop_at_s:
-            events += self._scheduler.end_all("abort")
+        if self._change is not None:
+            self._try_change(self._change)
+        stop_at_s = self._stop_at_s
+        if stop_at_s is not None and (self._is_parked or self._heartbeat_s >= stop_at_s):
+            events += self._end_all("abort")
         num_tokens, step_s = 0, 0.0
-        if self._scheduler.has_work:
-            num_tokens = self._step(events)
+        if self._former is not None:
+            num_tokens += self._step_former(self._former, events)
+        if self._scheduler.has_work and not self._is_parked:
+            num_tokens += self._step(events)
+        if num_tokens:
             step_s = time.monotonic() - self._heartbeat_s
         has_failed = self._num_failed_steps >= MAX_FAILED_STEPS
         if has_failed:
-            events += self._scheduler.end_all("error", FAILED)
+            events += self._end_all("error", FAILED)
         if events or num_tokens:
-            self._report(events, self._scheduler.load(), step_s, num_tokens)
+            self._report(events, self._load(), step_s, num_tokens)
         if has_failed:
             self._close(FAILED)
         return not has_failed
@@ -178,17 +189,22 @@ class Engine:
         events: list[TokenEvent] = []
         while self._inbox:
             message = self._inbox.popleft()
+            event = None
             if isinstance(message, Abort):
                 event = self._scheduler.abort(message.seq_id)
-            else:
+                if event is None and self._former is not None:
+                    event = self._former.runner.scheduler.abort(message.seq_id)
+            elif isinstance(message, Submit):
                 event = self._accept(message)
+            else:
+                self._begin_change(message)
             if event is not None:
                 events.append(event)
         return events
 
     def _accept(self, message: Submit) -> TokenEvent | None:
         num_tokens = len(message.prompt_ids)
-        limit = self._settings.max_model_len - 1
+        limit = self._runner.settings.max_model_len - 1
         if not 1 <= num_tokens <= limit:
             return _refusal(
                 message, "error", f"a prompt must have 1 to {limit} tokens, this has {num_tokens}"
@@ -199,33 +215,131 @@ class Engine:
 
     def _step(self, events: list[TokenEvent]) -> int:
         """Plan, compute and commit one step; return its number of tokens, 0 where it failed."""
-        plan = self._scheduler.schedule()
-        assert plan.entries, "there is work, but nothing that a step could advance"
         try:
-            for seq in plan.admitted:
-                self._batch.open_lane(seq)
-            num_tokens, num_sequences, num_rows = self._batch.fill(plan.entries)
-            self._core.step(num_tokens, num_sequences, num_rows)
-        except Exception as error:
-            log.exception("a step of %d sequences failed", len(plan.entries))
-            events += self._scheduler.fail(plan, f"the model could not be computed: {error}")
+            new_events, num_tokens = self._runner.step()
+        except StepFailedError as failure:
+            log.exception("a step of %d sequences failed", len(failure.plan.entries))
+            if self._former is not None:
+                self._revert(self._former, f"the new core's step failed: {failure.__cause__}")
+                return 0
+            events += self._scheduler.fail(failure.plan, str(failure))
             self._num_failed_steps += 1
             return 0
+        assert num_tokens, "there is work, but nothing that a step could advance"
         self._num_failed_steps = 0
-        events += self._scheduler.commit(plan, self._batch.sampled())
+        events += new_events
         return num_tokens
+
+    # Changes of the core; see migration.py
+
+    def _request_change(self, message: Switch | Park) -> Future[None]:
+        with self._inbox_lock:
+            if self._closed_with is not None:
+                message.done.set_exception(SwitchError("the engine is stopping"))
+            else:
+                self._inbox.append(message)
+        self._wake.set()
+        return message.done
+
+    def _has_nothing_to_do(self) -> bool:
+        if self._change is not None or self._former is not None:
+            return False
+        if self._is_parked and self._stop_at_s is None:
+            return True
+        return not self._scheduler.has_work
+
+    def _begin_change(self, message: Switch | Park) -> None:
+        if self._change is not None or self._former is not None:
+            message.done.set_exception(SwitchError("another change of the core is under way"))
+            return
+        self._change = message
+        wait_s = message.grace_s if isinstance(message, Park) else message.timeout_s
+        self._change_until_s = time.monotonic() + wait_s
+
+    def _try_change(self, message: Switch | Park) -> None:
+        is_over = self._heartbeat_s >= self._change_until_s
+        if isinstance(message, Park):
+            if is_over or not self._scheduler.has_work:
+                self._change = None
+                self._park(message)
+            return
+        needed, length = self._scheduler.longest_end, message.settings.max_model_len
+        if needed <= length:
+            self._change = None
+            self._switch(message)
+        elif is_over or self._is_parked:
+            self._change = None
+            message.done.set_exception(
+                SwitchError(f"a sequence that may grow to {needed} tokens still runs")
+            )
+
+    def _switch(self, message: Switch) -> None:
+        former = Former(self._runner, message)
+        try:
+            self._runner = Runner(message.core, message.settings, message.speculation)
+        except Exception as error:
+            message.done.set_exception(SwitchError(f"the new core could not be set up: {error}"))
+            return
+        self._scheduler.continue_counts(former.runner.scheduler)
+        self._is_parked = False
+        former.move(self._scheduler)
+        self._former = former
+
+    def _step_former(self, former: Former, events: list[TokenEvent]) -> int:
+        """Move a sequence if it is time, and advance those that have not moved."""
+        former.move(self._scheduler)
+        if not former.runner.scheduler.has_work:
+            # Once all have caught up the new core has shown that it can step.
+            if not self._scheduler.is_catching_up:
+                self._former = None
+                former.switch.done.set_result(None)
+            return 0
+        new_events, num_tokens = former.step()
+        events += new_events
+        return num_tokens
+
+    def _revert(self, former: Former, error: str) -> None:
+        """Go back to the former core with all sequences."""
+        self._scheduler.suspend_all()
+        for seq in self._scheduler.take_waiting():
+            former.runner.scheduler.adopt(seq)
+        self._runner = former.runner
+        self._former = None
+        former.switch.done.set_exception(SwitchError(error))
+
+    def _park(self, message: Park) -> None:
+        self._runner.release_core()
+        self._is_parked = True
+        message.done.set_result(None)
+
+    def _load(self) -> EngineLoad:
+        former = self._former.runner.scheduler.load() if self._former is not None else None
+        return joined_load(self._scheduler.load(), former)
+
+    def _end_all(self, reason: FinishReason, error: str | None = None) -> list[TokenEvent]:
+        events = self._scheduler.end_all(reason, error)
+        if self._former is not None:
+            events += self._former.runner.scheduler.end_all(reason, error)
+        return events
 
     def _close(self, error: str) -> None:
         """Answer everything that is or will be submitted with an error."""
         with self._inbox_lock:
             self._closed_with = ("error", error)
             unread = [message for message in self._inbox if isinstance(message, Submit)]
+            changes = [m for m in self._inbox if isinstance(m, Switch | Park)]
             self._inbox.clear()
         events = self._scheduler.abandon(error)
+        if self._former is not None:
+            events += self._former.runner.scheduler.abandon(error)
+            changes.append(self._former.switch)
+        for change in (*changes, self._change):
+            if change is not None:
+                change.done.set_exception(SwitchError(error))
         events += [_refusal(message, "error", error) for message in unread]
         self._is_idle = True
         if events:
-            self._report(events, self._scheduler.load())
+            self._report(events, self._load())
 
     def _report(
         self,

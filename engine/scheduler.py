@@ -81,6 +81,58 @@ class Scheduler:
         self._sequences.clear()
         return [seq.event(finish_reason="error", error=error) for seq in sequences]
 
+    # A core that takes over from another brings a scheduler of its own; see migration.py.
+
+    @property
+    def is_catching_up(self) -> bool:
+        """Whether a sequence waits, or still lacks more than its next token."""
+        return bool(self._waiting) or any(
+            len(seq.token_ids) - seq.num_computed_tokens > 1 for seq in self._running
+        )
+
+    def take_waiting(self) -> list[Sequence]:
+        """Give up the sequences that wait."""
+        taken, self._waiting = self._waiting, []
+        for seq in taken:
+            del self._sequences[seq.seq_id]
+        return taken
+
+    def take_running(self) -> Sequence | None:
+        """Give up the running sequence that came first, to be computed again elsewhere."""
+        if not self._running:
+            return None
+        seq = self._running[0]
+        self._suspend(seq)
+        self._waiting.remove(seq)
+        del self._sequences[seq.seq_id]
+        return seq
+
+    def adopt(self, seq: Sequence) -> None:
+        """Queue a sequence that another scheduler gave up; it keeps its place by arrival."""
+        seq.awaited_digest = None
+        self._sequences[seq.seq_id] = seq
+        insort(self._waiting, seq, key=_by_rank)
+
+    def suspend_all(self) -> None:
+        """Put every running sequence back in the queue."""
+        for seq in list(self._running):
+            self._suspend(seq)
+
+    def continue_counts(self, former: "Scheduler") -> None:
+        """Go on counting where another scheduler is."""
+        self._num_preemptions = former._num_preemptions
+        self._num_prefix_queried_tokens = former._num_prefix_queried_tokens
+        self._num_prefix_hit_tokens = former._num_prefix_hit_tokens
+        self._num_steps = former._num_steps
+
+    @property
+    def longest_end(self) -> int:
+        """Tokens that the longest sequence may come to have."""
+        return max(
+            (seq.num_prompt_tokens + seq.params.max_tokens for seq in self._sequences.values()),
+            default=0,
+        )
+
     def schedule(self) -> StepPlan:
         """Plan a step: running sequences first, then waiting ones, in order of rank."""
         plan = StepPlan()
@@ -99,17 +151,33 @@ class Scheduler:
         row_start = rows.start
         for index, (seq, num_new_tokens) in enumerate(plan.entries):
             seq.num_computed_tokens += num_new_tokens
+            first_row, end_row = row_start[index], row_start[index + 1]
+            event = None
+            if first_row != end_row:
+                event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
             if seq.num_computed_tokens // block_size > seq.num_published_blocks:
                 self._publish(seq)
-            first_row, end_row = row_start[index], row_start[index + 1]
-            if first_row == end_row:
-                continue
-            event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
             if event is not None:
                 events.append(event)
                 if event.finish_reason is not None:
                     self._leave(seq)
         return events
+
+    def draft_room(self, seq: Sequence, wanted: int) -> int:
+        """How many drafts the step may verify behind `seq`, which lacks its next token only.
+
+        Blocks are taken for them while more are free than the running sequences will soon need.
+        """
+        num_tokens = len(seq.token_ids)
+        # The verified drafts and the token after them are all emitted at best.
+        left = seq.params.max_tokens - seq.num_output_tokens - 1
+        room = min(wanted, left, self._max_model_len - num_tokens - 1)
+        if room <= 0:
+            return 0
+        count = self._blocks.num_blocks_for(num_tokens + room) - len(seq.block_ids)
+        if count > 0 and self._blocks.num_free >= count + len(self._running):
+            seq.block_ids += self._blocks.allocate(count)
+        return min(room, len(seq.block_ids) * self._block_size - num_tokens)
 
     def fail(self, plan: StepPlan, error: str) -> list[TokenEvent]:
         """End the plan's sequences; nothing that the failed step wrote can be found again."""
@@ -185,6 +253,9 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Put a running sequence back in the queue, to be computed again from its tokens."""
         self._num_preemptions += 1
+        self._suspend(seq)
+
+    def _suspend(self, seq: Sequence) -> None:
         self._release(seq)
         seq.num_computed_tokens = 0
         if seq.needs_prompt_logprobs:
@@ -241,8 +312,9 @@ class Scheduler:
         self._blocks.share(prefix)
         seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
         seq.num_published_blocks = len(prefix)
-        seq.num_computed_tokens = len(prefix) * self._block_size
+        seq.num_computed_tokens = seq.first_computed = len(prefix) * self._block_size
         seq.lane = self._free_lanes.pop()
+        seq.num_starts += 1
         seq.status = SequenceStatus.RUNNING
         insort(self._running, seq, key=_by_rank)
         for digest in seq.block_digests[len(prefix) :]:

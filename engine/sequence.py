@@ -5,6 +5,7 @@ The scheduler creates and moves sequences; the batch reads them. No other thread
 
 import enum
 
+from engine.speculation.stats import DraftStats
 from engine.types import (
     FinishReason,
     SamplingParams,
@@ -29,12 +30,17 @@ class Sequence:
         "awaited_digest",
         "block_digests",
         "block_ids",
+        "draft_ids",
+        "draft_stats",
+        "drafter",
+        "first_computed",
         "lane",
         "needs_prompt_logprobs",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_published_blocks",
+        "num_starts",
         "params",
         "prompt_logprobs",
         "queued_s",
@@ -67,6 +73,12 @@ class Sequence:
         self.awaited_digest: bytes | None = None
         self.status = SequenceStatus.WAITING
         self.lane = -1  # its row in the batch's tables while running
+        self.num_starts = 0  # how often it was given a lane: once more after each preemption
+        self.first_computed = 0  # since the last start; the prefix cache had what lies before
+        # Tokens proposed to follow token_ids; those that the coming step verifies.
+        self.draft_ids: list[int] = []
+        self.drafter = message.drafter
+        self.draft_stats = DraftStats() if message.wants_draft_stats else None
         stop_ids = frozenset(params.stop_token_ids)
         self.stop_ids = stop_ids if params.ignore_eos else stop_ids | eos_token_ids
         self.num_cached_tokens = 0
@@ -87,8 +99,13 @@ class Sequence:
         error: str | None = None,
     ) -> TokenEvent:
         """Make the next event of this sequence; the first one carries what is said only once."""
+        drafts = None
+        if self.draft_stats is not None and finish_reason is not None:
+            drafts = self.draft_stats.summary()
         if self.reported:
-            return TokenEvent(self.seq_id, token_ids, finish_reason, logprobs, error=error)
+            return TokenEvent(
+                self.seq_id, token_ids, finish_reason, logprobs, error=error, drafts=drafts
+            )
         self.reported = True
         prompt_logprobs = None
         if self.params.num_prompt_logprobs is not None and token_ids:
@@ -102,4 +119,5 @@ class Sequence:
             self.num_cached_tokens,
             self.queued_s,
             error,
+            drafts,
         )

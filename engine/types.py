@@ -47,6 +47,19 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: tuple[float, ...]
 
 
+DrafterChoice = Literal["auto", "off", "ngram", "mtp", "draft"]
+
+
+class DraftSummary(msgspec.Struct, frozen=True):
+    """What speculation did for one sequence."""
+
+    num_steps: int  # that sampled tokens of it
+    num_drafted: int  # tokens verified
+    num_accepted: int
+    accepted_by_position: tuple[int, ...]
+    drafters: dict[str, int]  # accepted tokens by drafter
+
+
 class Submit(msgspec.Struct, frozen=True):
     """Server to engine: compute this sequence."""
 
@@ -55,6 +68,8 @@ class Submit(msgspec.Struct, frozen=True):
     params: SamplingParams
     arrived_at_s: float  # time.monotonic() at the handler
     priority: int = 0  # lower goes first; see `rank_s`
+    drafter: DrafterChoice = "auto"  # who may draft for it
+    wants_draft_stats: bool = False
 
 
 # What a step of priority is worth in waiting time. It is finite, so that nobody starves: a
@@ -88,6 +103,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first event
     queued_s: float | None = None  # arrival to first scheduling; set on the first event
     error: str | None = None  # with finish_reason "error"
+    drafts: DraftSummary | None = None  # on the last event, where it was asked for
 
 
 class EngineLoad(msgspec.Struct, frozen=True):

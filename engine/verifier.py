@@ -1,11 +1,12 @@
-"""What the sampled rows of a step mean for a sequence: its new token, its logprobs, its end.
+"""What the sampled rows of a step mean for a sequence: its new tokens, their logprobs, its end.
 
-The scheduler's commit calls it once per sequence that has rows. It sees ids and samples only.
+The scheduler's commit calls it once per sequence that has rows. It sees ids and samples only: who
+drafted is no concern of it.
 """
 
 from engine.batch import SampledRows
 from engine.sequence import Sequence
-from engine.types import FinishReason, TokenEvent
+from engine.types import FinishReason, TokenEvent, TokenLogprobs
 
 INVALID_LOGITS = "the model gave no usable probabilities for this sequence"
 
@@ -15,26 +16,45 @@ def accept_rows(
 ) -> TokenEvent | None:
     """Append what rows first_row … end_row - 1 yield to `seq` and return its event, if any.
 
-    The tokens that the rows belong to already count as computed. The last row is a sample where
-    the sequence has caught up with its tokens; the others belong to tokens of the prompt.
+    The tokens that the rows belong to, drafts included, already count as computed. Where the
+    sequence has caught up with its tokens, the last 1 + K rows are samples: of the next token and,
+    each as if the drafts before it were right, of those after it. The longest prefix of the drafts
+    that the samples repeat is emitted with the sample that follows it. Others are rows of the
+    prompt.
     """
-    caught_up = seq.num_computed_tokens == len(seq.token_ids)
-    if seq.needs_prompt_logprobs:
-        end_of_prompt_row = end_row - 1 if caught_up else end_row
-        if not _read_prompt_logprobs(seq, rows, first_row, end_of_prompt_row):
-            return seq.event(finish_reason="error", error=INVALID_LOGITS)
+    num_drafts = len(seq.draft_ids)
+    caught_up = seq.num_computed_tokens == len(seq.token_ids) + num_drafts
+    first_sample = end_row - 1 - num_drafts if caught_up else end_row
+    if seq.needs_prompt_logprobs and not _read_prompt_logprobs(seq, rows, first_row, first_sample):
+        return seq.event(finish_reason="error", error=INVALID_LOGITS)
     if not caught_up:
         return None
-    row = end_row - 1
-    token_id = rows.token_ids[row]
-    if token_id < 0:
-        return seq.event(finish_reason="error", error=INVALID_LOGITS)
-    seq.token_ids.append(token_id)
     num_logprobs = seq.params.num_logprobs
-    logprobs = None
-    if num_logprobs is not None:
-        logprobs = (rows.logprobs_of(row, token_id, num_logprobs),)
-    return seq.event((token_id,), _finish_reason(seq, token_id, max_model_len), logprobs)
+    emitted: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    for row, draft_id in zip(range(first_sample, end_row), (*seq.draft_ids, -1), strict=True):
+        token_id = rows.token_ids[row]
+        if token_id < 0:
+            # The tokens before it stand; the step that starts from them meets the error again.
+            if not emitted:
+                return seq.event(finish_reason="error", error=INVALID_LOGITS)
+            break
+        seq.token_ids.append(token_id)
+        emitted.append(token_id)
+        if num_logprobs is not None:
+            logprobs.append(rows.logprobs_of(row, token_id, num_logprobs))
+        finish_reason = _finish_reason(seq, token_id, max_model_len)
+        if finish_reason is not None or token_id != draft_id:
+            break
+    # Rejected drafts stay in the cache beyond this point; the next step overwrites them.
+    seq.num_computed_tokens = len(seq.token_ids) - 1
+    seq.draft_ids = []
+    if seq.draft_stats is not None:
+        seq.draft_stats.count_step()
+    return seq.event(
+        tuple(emitted), finish_reason, tuple(logprobs) if num_logprobs is not None else None
+    )
 
 
 def _finish_reason(seq: Sequence, token_id: int, max_model_len: int) -> FinishReason | None:

@@ -7,17 +7,21 @@ from collections.abc import Callable
 
 import msgspec
 
+from engine.checkpoint.cache import cache_folder
 from engine.config import ConfigError
-from engine.loader import LoadedModel, load_model
-from engine.loop import Engine, EngineSettings
+from engine.deployment import deploy
+from engine.loader import LoadedModel
+from engine.loop import Engine
+from engine.planning.quality import QualityMeasurer
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
 from engine.types import StepReport
 from server.app import create_app
+from server.control import Optimizer
 from server.logs import start_logging
 from server.options import Options, parse_options
 from server.run import bind, run
 from server.served import GenerationDefaults, ServedModel
-from server.startup import print_table
+from server.startup import start_table
 
 
 def main(argv: list[str]) -> int:
@@ -36,25 +40,31 @@ def main(argv: list[str]) -> int:
 
 def _serve(options: Options) -> int:
     sockets = bind(options.host, options.port)
-    loaded = load_model(options.engine)
-    settings = EngineSettings(
-        max_model_len=loaded.max_model_len,
-        num_kv_blocks=loaded.num_kv_blocks,
-        eos_token_ids=loaded.eos_token_ids,
-        max_sequences=options.engine.max_sequences,
-        max_step_tokens=options.engine.max_step_tokens,
+    deployment = deploy(options.engine)
+    loaded = deployment.loaded
+    optimizer = Optimizer(
+        deployment,
+        options.receipts or cache_folder() / "receipts.jsonl",
+        measurer=QualityMeasurer(),
     )
+    engine_settings = deployment.engine_settings
+    model = _served(loaded, options.served_model_name)
+    lines = start_table(loaded, model.name, options.log_format)
+    # Nothing here may hold on to what an apply replaces: its memory could not be given back.
+    first_core = [loaded.core]
+    del deployment, loaded
 
     def make_engine(on_report: Callable[[StepReport], None]) -> Engine:
-        return Engine(loaded.core, settings, on_report)
+        def report(step: StepReport) -> None:
+            optimizer.observer.observe(step)
+            on_report(step)
 
-    model = _served(loaded, options.served_model_name)
-    app = create_app(model, options.settings, make_engine)
-    return run(
-        app,
-        sockets,
-        lambda address: print_table(loaded, model.name, address, options.log_format),
-    )
+        engine = Engine(first_core.pop(), engine_settings, report)
+        optimizer.attach(engine)
+        return engine
+
+    app = create_app(model, options.settings, make_engine, optimizer)
+    return run(app, sockets, lambda address: print(lines(address), flush=True))
 
 
 def _served(loaded: LoadedModel, name: str | None) -> ServedModel:

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from server import auth, chat, completions, models, operations
+from server import auth, chat, completions, control, models, openapi, operations, page
 from server.connection import CONNECTIONS, Connections
 from server.engine_client import EngineClient, EngineFactory
 from server.errors import ApiError
@@ -43,9 +43,15 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def create_app(
-    model: ServedModel, settings: Settings, make_engine: EngineFactory
+    model: ServedModel,
+    settings: Settings,
+    make_engine: EngineFactory,
+    optimizer: control.Optimizer | None = None,
 ) -> web.Application:
-    """An app that starts its engine with `make_engine(on_report)` and stops it at the end."""
+    """An app that starts its engine with `make_engine(on_report)` and stops it at the end.
+
+    Without an `optimizer` the control plane's endpoints answer 404.
+    """
     middlewares: list[Middleware] = [_answer]
     if settings.api_key is not None:
         middlewares.append(auth.require_key(settings.api_key))
@@ -78,6 +84,9 @@ def create_app(
     app.cleanup_ctx.append(_telemetry)
     app.cleanup_ctx.append(_engine)
     app.cleanup_ctx.append(_watchdog)
+    if optimizer is not None:
+        control.set_up(app, optimizer)
+    app.add_routes(page.ROUTES)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat.chat_completions),
@@ -90,6 +99,7 @@ def create_app(
             web.get("/metrics", operations.metrics),
             web.get("/version", operations.version),
             web.get("/v1/telemetry", operations.telemetry),
+            web.get("/openapi.json", openapi.openapi),
         ]
     )
     return app
@@ -141,7 +151,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.transport is not None:
             status = response.status
     finally:
-        if request.path not in auth.OPEN_PATHS:
+        if not auth.is_open(request.path):
             _log_access(request, status, time.monotonic() - began_s)
     return response
 

@@ -1,7 +1,8 @@
-"""The API key: asked for on every path but health and metrics, compared in constant time."""
+"""The API key, compared in constant time: asked for everywhere but on the paths for everybody."""
 
 import hashlib
 import hmac
+import re
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -9,6 +10,13 @@ from aiohttp.typedefs import Handler, Middleware
 from server.errors import ApiError
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})
+# The page holds no secrets: it asks for the key that its own requests then need.
+_PAGE = re.compile(r"/(page/[\w.-]+)?")
+
+
+def is_open(path: str) -> bool:
+    """Whether a path is for everybody."""
+    return path in OPEN_PATHS or _PAGE.fullmatch(path) is not None
 
 
 def require_key(api_key: str) -> Middleware:
@@ -18,7 +26,7 @@ def require_key(api_key: str) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN_PATHS:
+        if not is_open(request.path):
             scheme, _, key = request.headers.get("Authorization", "").partition(" ")
             given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
             if not hmac.compare_digest(given, expected) or scheme.lower() != "bearer":

@@ -50,9 +50,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             return await stream_events(request, generation, framer)
         deltas = await generation.take_all()
         size = sum(delta.num_logprobs for delta in deltas) * CHARS_PER_LOGPROB
-        return await run_sized(
-            size, lambda: json_response(_whole(model, generation, deltas, bool(body.logprobs)))
-        )
+        return await run_sized(size, lambda: json_response(_whole(body, model, generation, deltas)))
     finally:
         generation.close()
         request[USAGE] = generation.usage()
@@ -144,13 +142,13 @@ def _params(
 
 
 def _whole(
-    model: ServedModel, generation: Generation, deltas: list[Delta], with_logprobs: bool
+    body: ChatCompletionRequest, model: ServedModel, generation: Generation, deltas: list[Delta]
 ) -> protocol.ChatCompletion:
     choices = [
         protocol.ChatChoice(
             delta.index,
             protocol.AssistantMessage(delta.text),
-            chat_logprobs(model, delta.logprobs) if with_logprobs else None,
+            chat_logprobs(model, delta.logprobs) if body.logprobs else None,
             delta.finish_reason or "stop",
         )
         for delta in deltas
@@ -160,7 +158,7 @@ def _whole(
         created=int(time.time()),
         model=model.name,
         choices=choices,
-        usage=generation.usage(),
+        usage=generation.usage(body.fulcrum),
         system_fingerprint=model.fingerprint,
     )
 
@@ -188,6 +186,7 @@ class ChatFramer:
         self._model = model
         self._generation = generation
         self._with_logprobs = bool(body.logprobs)
+        self._options = body.fulcrum
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         constant = msgspec.json.encode(
             {
@@ -232,5 +231,5 @@ class ChatFramer:
     def end(self) -> bytes:
         if not self._with_usage:
             return DONE
-        usage = msgspec.json.encode(self._generation.usage())
+        usage = msgspec.json.encode(self._generation.usage(self._options))
         return b'%b],"usage":%b}\n\n%b' % (self._head, usage, DONE)

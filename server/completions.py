@@ -158,6 +158,7 @@ class CompletionAnswer:
         self._echo_by_choice = [echo for echo in echoes for _ in range(num_per_prompt)]
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._options = body.fulcrum
         self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
         constant = msgspec.json.encode(
             {
@@ -182,7 +183,7 @@ class CompletionAnswer:
             created=self._created,
             model=self._model.name,
             choices=choices,
-            usage=self._generation.usage(),
+            usage=self._generation.usage(self._options),
             system_fingerprint=self._model.fingerprint,
         )
 
@@ -212,7 +213,7 @@ class CompletionAnswer:
     def end(self) -> bytes:
         if not self._with_usage:
             return DONE
-        usage = msgspec.json.encode(self._generation.usage())
+        usage = msgspec.json.encode(self._generation.usage(self._options))
         return b'%b],"usage":%b}\n\n%b' % (self._head, usage, DONE)
 
     def _render(self, delta: Delta) -> tuple[str, protocol.CompletionLogprobs | None]:

@@ -93,7 +93,8 @@ def forecast(
     for seq in ahead:
         lanes.start(_blocks_of(seq, costs, limits), _remaining(seq, costs))
         num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
-    num_decoding = min(len(lanes.ends), limits.max_sequences)
+    # Whoever is there beside it, whenever they start: fewer blocks must not look like less company.
+    num_decoding = min(lanes.num_held + len(ahead), limits.max_sequences)
     start_step = 0.0
     for _ in range(ask.num_sequences):
         start_step = lanes.start(own_blocks, num_output)
@@ -128,11 +129,13 @@ class _Lanes:
         self._num_free = limits.max_sequences
         self._num_free_blocks = limits.num_blocks if limits.num_blocks else math.inf
         self.ends: list[tuple[float, int]] = []  # a heap of (step, blocks)
+        self.num_held = 0
         self._step = 0.0  # of the last start: nobody overtakes who waits for blocks
 
     def hold(self, seq: OpenSequence) -> None:
         """A sequence that runs: it has its lane whatever the limits say."""
         num_blocks = _blocks_of(seq, self._costs, self._limits)
+        self.num_held += 1
         self._take(num_blocks, _remaining(seq, self._costs))
 
     def start(self, num_blocks: int, num_steps: float) -> float:

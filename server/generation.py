@@ -8,10 +8,12 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET
+
 from engine.types import SamplingParams, Submit, TokenEvent
 from server.errors import ApiError
 from server.gate import Arrival
-from server.protocol import PromptTokensDetails, Usage
+from server.protocol import FulcrumOptions, FulcrumUsage, PromptTokensDetails, Usage
 from server.stream import Delta, Stream
 
 if TYPE_CHECKING:
@@ -165,14 +167,37 @@ class Generation:
         self._closed = True
         self._client.close(self, self._num_reserved)
 
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt counts once, however many choices it has."""
+    def usage(self, options: FulcrumOptions | None = None) -> Usage:
+        """Tokens so far; a prompt counts once, however many choices it has.
+
+        With what it cost, where `options` ask for that.
+        """
         first_choices = self.streams[:: self._num_choices]
         num_prompt = sum(stream.num_prompt_tokens for stream in first_choices)
         num_output = sum(stream.num_tokens for stream in self.streams)
         num_cached = sum(stream.num_cached_tokens for stream in first_choices)
         return Usage(
-            num_prompt, num_output, num_prompt + num_output, PromptTokensDetails(num_cached)
+            num_prompt,
+            num_output,
+            num_prompt + num_output,
+            PromptTokensDetails(num_cached),
+            self._costs(num_cached) if options is not None and options.usage else UNSET,
+        )
+
+    def _costs(self, num_cached: int) -> FulcrumUsage:
+        begun = [stream for stream in self.streams if stream.first_token_s is not None]
+        prefill_s = decode_s = 0.0
+        for stream in begun:
+            assert stream.first_token_s is not None
+            assert stream.newest_token_s is not None
+            prefill_s = max(prefill_s, stream.first_token_s - stream.submitted_s - stream.queued_s)
+            decode_s = max(decode_s, stream.newest_token_s - stream.first_token_s)
+        queue_s = max((stream.queued_s for stream in self.streams), default=0.0)
+        return FulcrumUsage(
+            queue_ms=round(1e3 * queue_s, 3),
+            prefill_ms=round(1e3 * prefill_s, 3),
+            decode_ms=round(1e3 * decode_s, 3),
+            cached_tokens=num_cached,
         )
 
     def _abort_unfinished(self) -> None:

@@ -15,12 +15,9 @@ from typing import NoReturn, cast
 import msgspec
 
 from engine.config import ConfigError, EngineConfig
+from engine.planning import proposal
 from server.http import Settings
 from server.logs import LogFormat
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kmgt]i?b|b|)", re.IGNORECASE)
-_EXPONENTS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-
 
 _KEY_OPTIONS = ("--api-key", "--api-key-file")
 _KEY_VARIABLES = ("FULCRUM_API_KEY", "FULCRUM_API_KEY_FILE")
@@ -33,6 +30,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     port: int
     log_format: LogFormat
+    receipts: Path | None  # None: in the cache folder
 
 
 def parse_options(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
@@ -60,12 +58,10 @@ def environment_variable(flag: str) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes from "512MB", "2GiB" or a plain number."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"'{text}' is no size; write 512MB, 2GiB or plain bytes")
-    unit = match[2].lower()
-    base = 1024 if "i" in unit else 1000
-    return int(float(match[1]) * base ** _EXPONENTS[unit.rstrip("b").rstrip("i")])
+    try:
+        return proposal.parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -193,6 +189,12 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.telemetry,
         help="whose sensors decide on admission; auto: the device that computes (default: auto)",
     )
+    group.add_argument(
+        "--receipts",
+        type=Path,
+        help="file that receipts of applied settings are added to "
+        "(default: receipts.jsonl in the cache folder)",
+    )
     group.add_argument("--log-format", choices=("text", "json"), default="text")
 
 
@@ -231,6 +233,7 @@ def _to_options(args: argparse.Namespace) -> Options:
         host=args.host,
         port=args.port,
         log_format=cast(LogFormat, args.log_format),
+        receipts=args.receipts,
     )
 
 

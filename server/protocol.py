@@ -37,6 +37,12 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None  # without effect
 
 
+class FulcrumOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What is asked of this server alone."""
+
+    usage: bool = False  # add `fulcrum` to the answer's usage
+
+
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What both endpoints share: sampling, length, streaming."""
 
@@ -61,6 +67,7 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     stop_token_ids: list[int] | None = None
     priority: int | None = None  # lower goes first
     timeout: float | None = None  # seconds for the whole answer, from the request's arrival
+    fulcrum: FulcrumOptions | None = None
     # Labels of the client's own; nothing in an answer depends on them.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -117,11 +124,23 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class FulcrumUsage(msgspec.Struct):
+    """What a request cost. Of several choices, which run together, the longest time counts."""
+
+    queue_ms: float  # until its first step
+    prefill_ms: float  # from there to the first token
+    decode_ms: float  # from the first token to the last
+    cached_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    fulcrum: FulcrumUsage | msgspec.UnsetType = msgspec.UNSET  # where it was asked for
 
 
 class TopLogprob(msgspec.Struct):

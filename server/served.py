@@ -1,4 +1,4 @@
-"""What the endpoints know of the loaded model: a frozen view, made once at start-up."""
+"""What the endpoints know of the loaded model; an apply changes its length and fingerprint."""
 
 from typing import Any, Protocol
 
@@ -29,7 +29,9 @@ class GenerationDefaults(msgspec.Struct, frozen=True):
     repetition_penalty: float | None = None
 
 
-class ServedModel(msgspec.Struct, frozen=True, kw_only=True):
+class ServedModel(msgspec.Struct, kw_only=True):
+    """Read and, by `control.py` alone, changed on the event loop."""
+
     name: str
     created: int  # Unix time
     tokenizer: Tokenizer

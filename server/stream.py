@@ -5,6 +5,7 @@ become visible since the last time; text waits while a stop string could still m
 character is incomplete.
 """
 
+import time
 from collections import deque
 
 from engine.tokenizer.protocol import Detokenizer
@@ -64,6 +65,9 @@ class Stream:
         self.finish_reason: str | None = None
         self.submitted_s = 0.0
         self.last_token_s: float | None = None
+        self.queued_s = 0.0  # until its first step
+        self.first_token_s: float | None = None
+        self.newest_token_s: float | None = None
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stops) if stops else None
         self._min_tokens = min_tokens
@@ -96,6 +100,7 @@ class Stream:
         if event.prompt_logprobs is not None:
             self._delta.prompt_logprobs = event.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        self._note_times(event)
         if not self._hide_output:
             self._push_tokens(event)
         if event.finish_reason is not None and self.finish_reason is None:
@@ -106,6 +111,14 @@ class Stream:
         if self._delta is None:
             self._delta = Delta(self.index, not self._taken_before)
         self._finish(reason)
+
+    def _note_times(self, event: TokenEvent) -> None:
+        if event.queued_s is not None:
+            self.queued_s = event.queued_s
+        if event.token_ids:
+            self.newest_token_s = time.monotonic()
+            if self.first_token_s is None:
+                self.first_token_s = self.newest_token_s
 
     def _push_tokens(self, event: TokenEvent) -> None:
         # The id that ended the sequence has no text and, as with OpenAI's, no log probability.

@@ -111,7 +111,7 @@ struct IntKernel {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) acc[r] = _mm512_setzero_ps();
     for (int g = 0; g < groups; ++g) {
-      if (kStreams) prefetch<IntKernel>(tile[g]);
+      if (!kStreams) prefetch(tile[groups + g]);
       __m512i dots[2][Rows];  // two chains, so that few rows do not wait for the latency
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) dots[0][r] = dots[1][r] = _mm512_setzero_si512();
@@ -149,8 +149,8 @@ struct Bf16Kernel {
       for (int r = 0; r < Rows; ++r) acc[i][r] = _mm512_setzero_ps();
     }
     for (int k = 0; k < K; ++k) {
-      // The hardware follows several tiles at once well, one tile not far enough.
-      if (kStreams && Tiles == 1) prefetch<Bf16Kernel>(tile[k]);
+      // The hardware follows several tiles at once well, one tile of these not far enough.
+      if (!kStreams || Tiles == 1) prefetch(tile[kStreams ? k + 96 : k + K]);
 #pragma GCC unroll 4
       for (int i = 0; i < Tiles; ++i) {
         const Bf16TileRow* row = tile + int64_t{i} * K + k;

@@ -6,7 +6,8 @@
 // row_bytes(K), of the activations; kRows, the rows of its register block; kPairsTiles, whether it
 // can compute several tiles at once, for one or two rows; and
 //   run<Rows, Tiles, kStreams>(tile, K, x, t, out): rows t… of neighbouring tiles, to out.
-//   kStreams: the weights come from memory, not from the L1 cache, and are worth a prefetch.
+//   kStreams: the weights come from memory, not from the L1 cache; else it prefetches the next
+//   tile.
 #pragma once
 
 #include <cstddef>
@@ -25,14 +26,15 @@ struct TileOutput {
   bool accumulate;
 };
 
-// Asks for the weights that lie this far ahead of an element of a tile: the hardware stops at the
-// end of a page, and with few rows a kernel is bound by memory.
-template <typename Kernel>
-inline __attribute__((always_inline)) void prefetch(const typename Kernel::Tile& element) {
-  constexpr int kDistanceBytes = 3072;
-  const char* ahead = reinterpret_cast<const char*>(&element) + kDistanceBytes;
+// Asks for an element of a tile. A kernel that reads each weight once leaves that to the hardware,
+// which follows a stream better than instructions do. Where a tile is read again for more rows, the
+// stream pauses, and the kernel asks for the next tile meanwhile; behind the last one that is of no
+// use and does no harm.
+template <typename Tile>
+inline __attribute__((always_inline)) void prefetch(const Tile& element) {
+  const char* bytes = reinterpret_cast<const char*>(&element);
 #pragma GCC unroll 9
-  for (size_t line = 0; line < sizeof(element); line += 64) __builtin_prefetch(ahead + line);
+  for (size_t line = 0; line < sizeof(element); line += 64) __builtin_prefetch(bytes + line);
 }
 
 template <typename Kernel>
@@ -56,34 +58,49 @@ struct TileLoops {
                                                 t, out);
   }
 
-  // At most the rows of a register block: neighbouring tiles together, so that there are enough
-  // independent chains of additions to hide their latency.
+  // All rows there are, few enough for a register block: neighbouring tiles together, so that there
+  // are enough independent chains of additions to hide their latency.
   template <int Rows>
-  void run_few(int rows, int t, int tile_begin, int tile_end) const {
+  void run_few(int rows, int tile_begin, int tile_end) const {
     if constexpr (Rows > 0) {
-      if (rows != Rows) return run_few<Rows - 1>(rows, t, tile_begin, tile_end);
+      if (rows != Rows) return run_few<Rows - 1>(rows, tile_begin, tile_end);
       constexpr int kTiles = Kernel::kPairsTiles && Rows < 3 ? 4 / Rows : 1;
       int tile = tile_begin;
-      for (; tile + kTiles <= tile_end; tile += kTiles) run<Rows, kTiles, true>(t, tile);
-      for (; tile < tile_end; ++tile) run<Rows, 1, true>(t, tile);
+      for (; tile + kTiles <= tile_end; tile += kTiles) run<Rows, kTiles, true>(0, tile);
+      for (; tile < tile_end; ++tile) run<Rows, 1, true>(0, tile);
     }
+  }
+
+  template <int Rows, bool kStreams>
+  void run_block(int rows, int t, int tile) const {
+    if constexpr (Rows > 0) {
+      if (rows != Rows) return run_block<Rows - 1, kStreams>(rows, t, tile);
+      run<Rows, 1, kStreams>(t, tile);
+    }
+  }
+
+  // The next register block of `rows` rows: the last two are about equal, since a block of one or
+  // two rows costs nearly as much as one of more.
+  static int next_rows(int rows) {
+    constexpr int kRows = Kernel::kRows;
+    if (rows <= kRows) return rows;
+    return rows >= 2 * kRows ? kRows : (rows + 1) / 2;
   }
 
   void gemm(int T, int tile_begin, int tile_end) const {
     constexpr int kRows = Kernel::kRows;
+    if (T <= kRows) return run_few<kRows>(T, tile_begin, tile_end);
     const int64_t units = kBlockBytes / (Kernel::row_bytes(w.K) * kRows);
-    const int block = units < 1 ? kRows : static_cast<int>(units) * kRows;
-    if (T <= kRows) return run_few<kRows>(T, 0, tile_begin, tile_end);
+    const int block = units < 2 ? 2 * kRows : static_cast<int>(units) * kRows;
     for (int t0 = 0; t0 < T; t0 += block) {
       const int t_end = T - t0 < block ? T : t0 + block;
       for (int tile = tile_begin; tile < tile_end; ++tile) {
-        int t = t0;
-        if (t + kRows <= t_end) {
-          run<kRows, 1, true>(t, tile);
-          t += kRows;
+        int rows = next_rows(t_end - t0);
+        run_block<kRows, true>(rows, t0, tile);
+        for (int t = t0 + rows; t < t_end; t += rows) {
+          rows = next_rows(t_end - t);
+          run_block<kRows, false>(rows, t, tile);
         }
-        for (; t + kRows <= t_end; t += kRows) run<kRows, 1, false>(t, tile);
-        run_few<kRows - 1>(t_end - t, t, tile, tile + 1);
       }
     }
   }

@@ -20,17 +20,22 @@ constexpr double kLeastNoise = 0x1p-33;  // the least value of exponential_noise
 // The race of exponential clocks: token i rings at E_i / weight_i, the first one is the sample.
 struct Race {
   NoiseKey key;
+  const int32_t* noise_ids = nullptr;  // where the vocabulary is a part of another's
   double time = 0.0;
   int32_t winner = -1;
 
+  double noise(int32_t id) const {
+    const int32_t noise_id = noise_ids == nullptr ? id : noise_ids[id];
+    return exponential_noise(noise_bits(key, static_cast<uint32_t>(noise_id)));
+  }
+
   void start(int32_t id) {  // with a token of weight 1
     winner = id;
-    time = exponential_noise(noise_bits(key, static_cast<uint32_t>(id)));
+    time = noise(id);
   }
 
   void enter(int32_t id, float weight) {
-    const double t =
-        exponential_noise(noise_bits(key, static_cast<uint32_t>(id))) / static_cast<double>(weight);
+    const double t = noise(id) / static_cast<double>(weight);
     if (t < time || (t == time && id < winner)) {
       time = t;
       winner = id;
@@ -44,10 +49,11 @@ struct Race {
   // win only if u <= time * weight. The factor covers the rounding of the float comparison.
   void enter_chunk(const WordChunk& ids, const FloatChunk& weights, float min_weight) {
     const float bound = static_cast<float>(time) * 1.0001f;
+    const WordChunk noisy = noise_ids == nullptr ? ids : look_up(ids, weights, min_weight);
     Mask hits[kVectors];
     Mask any = {};
     for (int k = 0; k < kVectors; ++k) {
-      const Words bits = noise_bits(key, ids.part[k]) >> 1;
+      const Words bits = noise_bits(key, noisy.part[k]) >> 1;
       const Floats u = __builtin_convertvector(std::bit_cast<Mask>(bits), Floats) * 0x1p-31f;
       hits[k] = (u <= weights.part[k] * bound) & (weights.part[k] >= min_weight);
       any |= hits[k];
@@ -57,6 +63,16 @@ struct Race {
       if (hits[j / 4][j % 4] == 0) continue;
       enter(static_cast<int32_t>(ids.part[j / 4][j % 4]), weights.part[j / 4][j % 4]);
     }
+  }
+
+  // The noise ids of a chunk's tokens; those that cannot win, or lie beyond the row, keep theirs.
+  WordChunk look_up(const WordChunk& ids, const FloatChunk& weights, float min_weight) const {
+    WordChunk noisy = ids;
+    for (int j = 0; j < kChunk; ++j) {
+      if (weights.part[j / 4][j % 4] < min_weight) continue;
+      noisy.part[j / 4][j % 4] = static_cast<uint32_t>(noise_ids[ids.part[j / 4][j % 4]]);
+    }
+    return noisy;
   }
 };
 
@@ -78,7 +94,7 @@ int32_t draw(const RowParams& p, float* logits, int V, const RowScan& scan, Samp
   // to where exp_negative is 0.
   const float min_exponent = top_p ? -87.0f : -26.1f;
   const double total = weigh_row(logits, V, scan.max, scale, min_exponent, s.block_max.data());
-  Race race{noise_key(p.seed, p.noise_position)};
+  Race race{noise_key(p.seed, p.noise_position), p.noise_ids};
   race.start(scan.argmax);
   const float min_weight = std::max(p.min_p, FLT_MIN);
   if (truncated) {
@@ -193,6 +209,12 @@ const char* describe(RowError error) {
 
 SamplerScratch::SamplerScratch(int V)
     : block_max(num_blocks(V)), weights(V + 1), ids(V + 1), keys(V), raw(V), counts(V) {}
+
+size_t SamplerScratch::bytes() const {
+  const auto bytes_of = [](const auto& values) { return values.size() * sizeof(values[0]); };
+  return bytes_of(block_max) + bytes_of(weights) + bytes_of(ids) + bytes_of(keys) + bytes_of(raw) +
+         bytes_of(counts);
+}
 
 void sample_row(const RowParams& p, float* logits, int V, SamplerScratch& s, RowResult* out) {
   assert(V > 0 && static_cast<size_t>(V) <= s.counts.size());

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from bench import serve
 from bench.client import Outcome
 from bench.prompts import PromptSource
 from bench.summary import percentile, summarize
+from tests.bench.background import serving
 
 FIRST_TOKEN_S = 0.10
 GAP_S = 0.03
@@ -87,32 +87,11 @@ class FakeServer:
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     fake = FakeServer()
-    loop = asyncio.new_event_loop()
     app = web.Application()
     app.router.add_post("/v1/completions", fake.handle)
     app.router.add_post("/v1/chat/completions", fake.handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
-    started = threading.Event()
-
-    async def start() -> None:
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-        started.set()
-
-    def serve_forever() -> None:
-        loop.run_until_complete(start())
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=serve_forever)
-    thread.start()
-    assert started.wait(10)
-    yield fake
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    with serving(app) as fake.url:
+        yield fake
 
 
 def measure(server: FakeServer, tmp_path: Path, *options: str) -> tuple[int, dict[str, Any]]:

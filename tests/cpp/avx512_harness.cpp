@@ -36,7 +36,7 @@ extern "C" void gemm(const char* isa, int format, int N, int K, int T, const flo
   const Packed packed(kernels, static_cast<Format>(format), N, K, values, quants, scales, minima);
   std::vector<int8_t> quantized(size_t(T) * padded_k(K));
   std::vector<float> row_scales(size_t(T) * num_groups(K)), sums(row_scales.size());
-  const Activations rows = {x, K, quantized.data(), row_scales.data(), sums.data()};
+  const Activations rows = {x, K, quantized.data(), nullptr, row_scales.data(), sums.data()};
   linear_kernels("portable")->quantize_rows(rows, K, 0, T);
   kernels->gemm(packed.matrix, rows, T, y, N, tile_begin, tile_end, accumulate != 0);
 }

@@ -27,6 +27,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     units = [
         (CPP / "cpu" / "linear_avx512.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
+        (CPP / "cpu" / "activations_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
         (CPP / "linear.cpp", ["-O1"]),
         (CPP / "cpu" / "vector_avx512.cpp", ["-O0", emulated]),

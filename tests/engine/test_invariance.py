@@ -15,7 +15,8 @@ import pytest
 from engine.checkpoint.progress import SilentProgress
 from engine.config import EngineConfig
 from engine.loader import LoadedModel, load_model
-from engine.loop import Engine, EngineSettings
+from engine.loop import Engine
+from engine.runner import EngineSettings
 from engine.types import SamplingParams, StepReport, Submit, TokenEvent, TokenLogprobs
 
 MAX_MODEL_LEN = 1024

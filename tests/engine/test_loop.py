@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.loop import Engine, EngineSettings
+from engine.loop import Engine
+from engine.runner import EngineSettings
 from engine.scheduler import Scheduler
 from engine.types import SamplingParams, StepReport, Submit, TokenEvent
 from tests.engine.fake_core import FakeCore, expected_output

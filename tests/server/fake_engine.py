@@ -21,6 +21,7 @@ from engine.tokenizer.errors import ChatTemplateError
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent, TokenLogprobs
 from server.app import create_app
 from server.connection import Site
+from server.control import Optimizer
 from server.http import CLIENT, Settings
 from server.run import bind
 from server.served import GenerationDefaults, ServedModel
@@ -308,11 +309,14 @@ def toy_model(**changes: Any) -> ServedModel:
 
 @asynccontextmanager
 async def serve(
-    engine: FakeEngine | None = None, model: ServedModel | None = None, **settings: Any
+    engine: FakeEngine | None = None,
+    model: ServedModel | None = None,
+    optimizer: Optimizer | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """A server on a free port; at the end every sequence must have been ended by the engine."""
     engine = engine or FakeEngine()
-    app = create_app(model or toy_model(), Settings(**settings), engine.attach)
+    app = create_app(model or toy_model(), Settings(**settings), engine.attach, optimizer)
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     (bound,) = bind("127.0.0.1", 0)

@@ -266,3 +266,32 @@ def test_an_error_before_the_first_token_is_a_500_and_a_later_one_an_event() -> 
                     pass
 
     run(main())
+
+
+def test_what_a_request_cost_is_told_where_it_is_asked_for() -> None:
+    async def main() -> None:
+        async with serve(says("Hi there")) as served:
+            _, answer = await served.post("/v1/chat/completions", CHAT)
+            assert "fulcrum" not in answer["usage"]
+            body = CHAT | {"fulcrum": {"usage": True}}
+            for path, request in (
+                ("/v1/chat/completions", body),
+                ("/v1/completions", {"model": MODEL, "prompt": "hi", "fulcrum": {"usage": True}}),
+            ):
+                _, answer = await served.post(path, request)
+                whole = answer["usage"]["fulcrum"]
+                chunks = await chunks_of(
+                    served, request | {"stream_options": {"include_usage": True}}, path
+                )
+                streamed = chunks[-1]["usage"]["fulcrum"]
+                for costs in (whole, streamed):
+                    assert costs["queue_ms"] >= 0
+                    assert costs["prefill_ms"] >= 0
+                    assert 8 * 2 <= costs["decode_ms"] < 2000  # eight more steps of 2 ms
+                    assert costs["cached_tokens"] == 0
+            status, answer = await served.post(
+                "/v1/chat/completions", CHAT | {"fulcrum": {"cost": True}}
+            )
+            assert (status, answer["error"]["param"]) == (400, "fulcrum.cost")
+
+    run(main())

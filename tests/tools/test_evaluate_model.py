@@ -8,7 +8,8 @@ import numpy as np
 from engine.checkpoint.progress import SilentProgress
 from engine.config import EngineConfig
 from engine.loader import LoadedModel, load_model
-from engine.loop import Engine, EngineSettings
+from engine.loop import Engine
+from engine.runner import EngineSettings
 from engine.types import SamplingParams, StepReport, Submit, TokenEvent
 from tools.evaluate import WindowScorer, cut_windows, encode_text, summarize
 

@@ -1,0 +1,62 @@
+"""What serves at the moment: the settings as decided, the loaded model, and the engine's settings.
+
+The server makes the first one at its start, the applier the next ones.
+"""
+
+import msgspec
+from msgspec.structs import replace
+
+from engine.config import EngineConfig
+from engine.ledger import Ledger, anonymous_memory_bytes, measured_ledger
+from engine.loader import LoadedModel, TextSide, load_model
+from engine.runner import EngineSettings
+
+
+class Deployment(msgspec.Struct, frozen=True):
+    """A loaded model, and the config that makes it again."""
+
+    config: EngineConfig  # with what was decided at load written out
+    loaded: LoadedModel
+
+    @property
+    def engine_settings(self) -> EngineSettings:
+        return EngineSettings(
+            max_model_len=self.loaded.max_model_len,
+            num_kv_blocks=self.loaded.num_kv_blocks,
+            eos_token_ids=self.loaded.eos_token_ids,
+            max_sequences=self.config.max_sequences,
+            max_step_tokens=self.config.max_step_tokens,
+        )
+
+    def measured(self) -> Ledger:
+        """What the core has allocated, and the runtime as the rest of the process's memory.
+
+        Pages of the KV cache that no sequence has reached yet are allocated but not touched, so
+        the rest is known only roughly and taken as planned where it cannot be.
+        """
+        ledger = measured_ledger(self.loaded.core, self.loaded.num_kv_blocks)
+        return replace(ledger, runtime_bytes=self.loaded.ledger.runtime_bytes)
+
+
+def deploy(
+    config: EngineConfig,
+    *,
+    niceness: int = 0,
+    available_bytes: int | None = None,
+    text: TextSide | None = None,
+) -> Deployment:
+    """Load the model; raises ConfigError of one line. For the options see `load_model`."""
+    loaded = load_model(config, niceness=niceness, available_bytes=available_bytes, text=text)
+    decided = replace(
+        config,
+        kv_dtype=loaded.kv_dtype,
+        kv_memory_bytes=loaded.ledger.kv_bytes,
+        max_model_len=loaded.max_model_len,
+    )
+    return Deployment(decided, loaded)
+
+
+def reclaimable_bytes(ledger: Ledger) -> int:
+    """Memory that a deployment would give back: what the process has touched beyond its runtime."""
+    touched = anonymous_memory_bytes()
+    return 0 if touched is None else max(0, touched - ledger.runtime_bytes)

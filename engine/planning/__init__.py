@@ -1,0 +1,1 @@
+"""What settings would do before they are applied: memory, speed, quality, and who qualifies."""

@@ -1,0 +1,268 @@
+"""One apply from its preview to its receipt, on a thread of its own; the applier starts it."""
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from engine.config import ConfigError, EngineConfig
+from engine.deployment import Deployment
+from engine.machine import available_memory_bytes
+from engine.migration import SwitchError
+from engine.planning.apply_types import State, Status, now
+from engine.planning.core_probe import self_check
+from engine.planning.cost_model import CostModel, Interval
+from engine.planning.observer import DecodeWindow
+from engine.planning.preview import Preview, shortage_text
+from engine.planning.proposal import settings_of
+from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome
+
+if TYPE_CHECKING:
+    from engine.planning.applier import Applier
+
+log = logging.getLogger(__name__)
+
+_ROOM = 1.05  # of what a new state needs, before it is built beside the old one
+_DRAIN_S = 30.0
+_SWITCH_TIMEOUT_S = 600.0  # until the last sequence has moved
+_MIN_STEPS = 24  # of decoding, for a speed to be measured
+_ENOUGH_STEPS = 60
+_MEASURE_S = 3.0
+
+
+class ApplyRun:
+    """One apply from its preview to its receipt."""
+
+    def __init__(self, applier: "Applier", status: Status, *, measure: bool) -> None:
+        self._applier = applier
+        self._status = status
+        self._measure = measure
+        self._old = applier.deployment
+        self._began_s = time.monotonic()
+        self._build_s = self._switch_s = 0.0
+        self._pause_s: float | None = None
+
+    def run(self) -> None:
+        """Never raises: whatever goes wrong becomes the status."""
+        try:
+            self._apply()
+        except (ConfigError, SwitchError) as error:
+            self._fail(str(error))
+        except Exception as error:
+            log.exception("an apply failed")
+            self._fail(f"unexpected: {error!r}")
+
+    def _apply(self) -> None:
+        applier, request = self._applier, self._status.proposal
+        config = request.changed(self._old.config)
+        before = applier.observer.window(time.monotonic() - 10.0, None)
+        preview = applier.preview(request, measure=self._measure)
+        if not preview.memory.fits:
+            raise ConfigError(shortage_text(preview.memory))
+        plan = applier.planner.plan(config)
+        calibration = applier.planner.calibration(plan, measure=False)
+        model = CostModel(calibration) if calibration is not None else None
+        ledger = plan.ledger
+        needed = (ledger.total_bytes - ledger.runtime_bytes) * _ROOM
+        mode: Literal["beside", "drain"] = "beside"
+        if needed > available_memory_bytes():
+            mode = "drain"
+        self._update("building", f"building the new state ({mode})", mode=mode, preview=preview)
+        if mode == "beside":
+            self._build_beside(config)
+        else:
+            self._build_drained(config)
+        new = applier.deployment
+        memory = MemoryOutcome(new.loaded.ledger.components(), new.measured().components())
+        del new  # a rollback may need its memory
+        self._finish(memory, preview, model, before)
+
+    def _build_beside(self, config: EngineConfig) -> None:
+        applier = self._applier
+        new = self._timed_build(config)
+        self._check(new)
+        shorter = min(new.loaded.max_model_len, self._old.loaded.max_model_len)
+        applier.announce(self._old, shorter)
+        try:
+            self._switch_to(new)
+        except BaseException:
+            applier.announce(self._old, self._old.loaded.max_model_len)
+            raise
+
+    def _build_drained(self, config: EngineConfig) -> None:
+        """Memory does not hold both: release the old state, then build; else build it again."""
+        applier = self._applier
+        shorter = applier.planner.plan(config).context.max_model_len
+        applier.announce(self._old, min(shorter, self._old.loaded.max_model_len))
+        applier.observer.begin_pauses()
+        applier.engine().park(_DRAIN_S).result(_DRAIN_S + 60)
+        old_config = self._old.config
+        # The last reference to the old core and its memory.
+        self._old = applier.deployment = msgspec.structs.replace(
+            self._old, loaded=msgspec.structs.replace(self._old.loaded, core=None)
+        )
+        try:
+            new = self._timed_build(config)
+            self._check(new)
+            self._switch_to(new)
+        except BaseException as error:
+            self._update("building", f"building the old state again: {error}")
+            again = applier.build(old_config)
+            applier.engine().switch(again.loaded.core, again.engine_settings).result(
+                _SWITCH_TIMEOUT_S
+            )
+            self._old = applier.deployment = again
+            applier.announce(again, again.loaded.max_model_len)
+            raise
+
+    def _timed_build(self, config: EngineConfig) -> Deployment:
+        began_s = time.monotonic()
+        new = self._applier.build(config)
+        self._build_s = time.monotonic() - began_s
+        return new
+
+    def _check(self, new: Deployment) -> None:
+        self._update("checking", "the new state computes a text at once and token by token")
+        fault = self_check(new.loaded.core, new.loaded.spec.vocab_size)
+        if fault is not None:
+            raise ConfigError(f"the new state failed its self-check: {fault}")
+
+    def _switch_to(self, new: Deployment) -> None:
+        """Move the running sequences; on return the new deployment is the one that serves."""
+        applier = self._applier
+        self._update("switching", "running sequences move to the new state")
+        if self._status.mode == "beside":
+            applier.observer.begin_pauses()
+        began_s = time.monotonic()
+        try:
+            done = applier.engine().switch(new.loaded.core, new.engine_settings)
+            done.result(_SWITCH_TIMEOUT_S)
+        finally:
+            self._pause_s = applier.observer.end_pauses()
+        self._switch_s = time.monotonic() - began_s
+        applier.deployment = new
+        applier.announce(new, new.loaded.max_model_len)
+
+    def _finish(
+        self,
+        memory: MemoryOutcome,
+        preview: Preview,
+        model: CostModel | None,
+        before: DecodeWindow | None,
+    ) -> None:
+        self._update("measuring", "measuring what the new setting does")
+        window = self._observe(model)
+        speed = _speed_outcome(window, model, before)
+        missed = (
+            speed.predicted is not None
+            and speed.measured is not None
+            and speed.measured < speed.predicted.low
+        )
+        if missed and self._status.proposal.auto_rollback:
+            assert speed.predicted is not None
+            reason = (
+                f"measured {speed.measured:.1f} tokens/s, the promise was at least "
+                f"{speed.predicted.low:.1f}"
+            )
+            self._update("switching", f"rolling back: {reason}")
+            self._roll_back()
+            self._end("rolled_back", reason, memory, speed, preview)
+            return
+        reason = "measured speed is below the promise" if missed else "as promised"
+        if speed.predicted is None:
+            reason = "speed was not predicted"
+        self._end("done", reason, memory, speed, preview)
+
+    def _observe(self, model: CostModel | None) -> DecodeWindow | None:
+        """Watch decode steps for a while; where there are too few, decode something."""
+        applier = self._applier
+        since_s = time.monotonic()
+        has_probed = False
+        while True:
+            time.sleep(0.1)
+            window = applier.observer.window(since_s, model)
+            num_steps = 0 if window is None else window.num_steps
+            waited_s = time.monotonic() - since_s
+            if waited_s >= _MEASURE_S and (num_steps >= _MIN_STEPS or waited_s > 3 * _MEASURE_S):
+                return window
+            if num_steps >= _ENOUGH_STEPS and waited_s > _MEASURE_S / 3:
+                return window
+            if num_steps < _MIN_STEPS and waited_s > _MEASURE_S / 6 and not has_probed:
+                has_probed = True
+                applier.probe()
+
+    def _roll_back(self) -> None:
+        applier = self._applier
+        old = self._old
+        if self._status.mode == "drain":
+            applier.engine().park(0.0).result(60)
+            config = old.config
+            applier.deployment = old
+            old = applier.build(config)
+        applier.announce(applier.deployment, min(old.loaded.max_model_len, self._length_served()))
+        applier.engine().switch(old.loaded.core, old.engine_settings).result(_SWITCH_TIMEOUT_S)
+        applier.deployment = old
+        applier.announce(old, old.loaded.max_model_len)
+
+    def _length_served(self) -> int:
+        return self._applier.deployment.loaded.max_model_len
+
+    def _fail(self, error: str) -> None:
+        self._end("failed", error, None, None, self._status.preview)
+
+    def _end(
+        self,
+        state: State,
+        reason: str,
+        memory: MemoryOutcome | None,
+        speed: SpeedOutcome | None,
+        preview: Preview | None,
+    ) -> None:
+        applier = self._applier
+        outcomes: dict[State, Literal["kept", "rolled_back", "failed"]] = {
+            "done": "kept",
+            "rolled_back": "rolled_back",
+        }
+        receipt = Receipt(
+            id=self._status.id,
+            at=now(),
+            outcome=outcomes.get(state, "failed"),
+            reason=reason,
+            before=settings_of(self._old.config),
+            after=settings_of(applier.deployment.config),
+            mode=self._status.mode,
+            build_s=self._build_s,
+            switch_s=self._switch_s,
+            longest_pause_s=self._pause_s,
+            memory=memory,
+            speed=speed,
+            quality=preview.quality if preview is not None else None,
+        )
+        applier.keep_receipt(receipt)
+        log.info("%s: %s, %s", receipt.id, receipt.outcome, reason)
+        self._update(state, reason, receipt=receipt)
+
+    def _update(self, state: State, detail: str, **changes: Any) -> None:
+        seconds = time.monotonic() - self._began_s
+        self._status = msgspec.structs.replace(
+            self._status, state=state, detail=detail, seconds=seconds, **changes
+        )
+        self._applier.keep(self._status)
+
+
+def _speed_outcome(
+    window: DecodeWindow | None, model: CostModel | None, before: DecodeWindow | None
+) -> SpeedOutcome:
+    predicted = None
+    if window is not None and model is not None and window.predicted_tokens_per_s is not None:
+        value = window.predicted_tokens_per_s
+        margin = model.margin(window.mean_sequences)
+        predicted = Interval(value, value * (1 - margin), value * (1 + margin))
+    return SpeedOutcome(
+        predicted=predicted,
+        measured=window.tokens_per_s if window is not None else None,
+        num_sequences=window.mean_sequences if window is not None else None,
+        num_steps=window.num_steps if window is not None else 0,
+        before=before.tokens_per_s if before is not None else None,
+    )

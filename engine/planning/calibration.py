@@ -1,0 +1,223 @@
+"""How long a step takes on this machine: micro-benchmarks of the engine over made-up weights.
+
+Preview and apply ask for the calibration of a plan. It takes at most about five seconds, once for
+each model, formats, KV dtype and machine, and is kept in the cache folder.
+"""
+
+import hashlib
+import os
+import statistics
+import threading
+import time
+from pathlib import Path
+
+import fulcrum_core
+import msgspec
+import numpy as np
+
+from engine.checkpoint.cache import cache_folder
+from engine.ledger import DeploymentPlan
+from engine.loop import Engine
+from engine.models.spec import ModelSpec
+from engine.planning.synthetic import synthetic_core
+from engine.runner import EngineSettings
+from engine.types import SamplingParams, StepReport, Submit
+
+BUDGET_S = 5.0
+_VERSION = 1  # of what is measured and kept
+_DECODE_WIDTHS = (1, 8, 2, 32, 16, 4, 64)  # the most telling first, for when time runs out
+_DECODE_STEPS = {1: 12, 2: 8, 4: 8, 8: 8, 16: 6, 32: 5, 64: 4}
+SHORT_PROMPT = 4  # 64 of them are one step
+LONG_PROMPT = 768  # one chunk of 512 and one of 256
+_PREFILL_PROMPTS = (128, LONG_PROMPT)
+_MAX_WEIGHTS_BYTES = 600 << 20  # of the made-up model: what can be packed in time
+_STEP_TOKENS = 512
+
+
+class Timing(msgspec.Struct, frozen=True):
+    """Median seconds of a step, and half the range of its middle half as a share of it."""
+
+    seconds: float
+    spread: float
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """Steps of one model in one set of formats on one machine."""
+
+    decode: dict[int, Timing]  # by sequences that advance by one token each
+    prefill: dict[int, Timing]  # by tokens of a chunk without context
+    context_s_per_token: float  # of a decoding sequence, for each token that it sees
+    prefill_context_s: float  # for each pair of a new token and a token before its chunk
+    load_average: float  # of the machine when it was measured
+    seconds: float  # that it took
+
+
+def calibration_key(spec: ModelSpec, plan: DeploymentPlan, isa: str, num_threads: int) -> str:
+    """Name what was measured: machine, shapes, formats, KV dtype."""
+    formats = [(i.slot.slot, i.slot.layer, i.format) for i in plan.weights.tensors]
+    parts = (_VERSION, hardware(), isa, num_threads, spec, formats, plan.context.kv_dtype)
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:24]
+
+
+def hardware() -> tuple[str, int]:
+    """The processor's name and how many of them this process may use."""
+    name = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("model name", "CPU part")):
+            name = line.split(":", 1)[1].strip()
+            break
+    return name, len(os.sched_getaffinity(0))
+
+
+def known_calibration(key: str) -> Calibration | None:
+    """What the cache folder has of it, unless the machine was busy then and is not any more."""
+    try:
+        kept = msgspec.json.decode(_path(key).read_bytes(), type=Calibration)
+    except (OSError, msgspec.DecodeError):
+        return None
+    was_busy = kept.load_average > len(os.sched_getaffinity(0))
+    return None if was_busy and os.getloadavg()[0] < kept.load_average / 2 else kept
+
+
+def calibrate(
+    spec: ModelSpec, plan: DeploymentPlan, isa: str, num_threads: int, *, keep: bool = True
+) -> Calibration:
+    """Measure, and keep the result unless the machine is known to be busy."""
+    began_s = time.monotonic()
+    num_layers, scale = _layers_in_time(spec, plan)
+    core = synthetic_core(
+        spec,
+        plan.weights,
+        isa,
+        num_threads,
+        num_layers=num_layers,
+        num_kv_blocks=2048 // fulcrum_core.BLOCK_SIZE + 64 * 4,
+        kv_dtype=plan.context.kv_dtype,
+    )
+    bench = _StepBench(core, spec.vocab_size)
+    try:
+        result = _measure(bench, began_s + BUDGET_S, scale)
+    finally:
+        bench.stop()
+    result = msgspec.structs.replace(result, seconds=time.monotonic() - began_s)
+    if keep:
+        path = _path(calibration_key(spec, plan, isa, num_threads))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_bytes(msgspec.json.encode(result))
+        scratch.replace(path)
+    return result
+
+
+class _StepBench:
+    """An engine over a core, whose steps are timed by its own reports."""
+
+    def __init__(self, core: fulcrum_core.Model, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._random = np.random.default_rng(2)
+        self._next_id = 0
+        self._reports: list[StepReport] = []
+        self._num_open = 0
+        self._done = threading.Event()
+        settings = EngineSettings(
+            max_model_len=1024,
+            num_kv_blocks=2048 // fulcrum_core.BLOCK_SIZE + 64 * 4,
+            eos_token_ids=(),
+            max_sequences=64,
+            max_step_tokens=_STEP_TOKENS,
+        )
+        self._engine = Engine(core, settings, self._on_report)
+        self._engine.start()
+
+    def run(self, num_sequences: int, prompt_tokens: int, max_tokens: int) -> list[StepReport]:
+        """Compute sequences of random prompts together; the reports of their steps."""
+        self._reports = []
+        self._num_open = num_sequences
+        self._done.clear()
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        for _ in range(num_sequences):
+            self._next_id += 1
+            prompt = self._random.integers(0, self._vocab_size, prompt_tokens)
+            ids = tuple(prompt.tolist())
+            self._engine.submit(Submit(self._next_id, ids, params, time.monotonic()))
+        if not self._done.wait(60):
+            raise TimeoutError("the calibration's steps do not end")
+        return self._reports
+
+    def stop(self) -> None:
+        self._engine.stop(0.0)
+
+    def _on_report(self, report: StepReport) -> None:
+        self._reports.append(report)
+        self._num_open -= sum(event.finish_reason is not None for event in report.events)
+        if self._num_open == 0:
+            self._done.set()
+
+
+def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
+    bench.run(1, SHORT_PROMPT, 4)  # warms up
+    decode: dict[int, Timing] = {}
+    prefill: dict[int, Timing] = {}
+    context_s = prefill_context_s = 0.0
+    for width in _DECODE_WIDTHS:
+        if time.monotonic() > deadline_s and len(decode) >= 2:
+            break
+        reports = bench.run(width, SHORT_PROMPT, _DECODE_STEPS[width] + 2)
+        decode[width] = _timing(reports, width, scale)
+        if width == 8:
+            for prompt in _PREFILL_PROMPTS:
+                reports = bench.run(1, prompt, 8 if prompt == LONG_PROMPT else 1)
+                size = min(prompt, _STEP_TOKENS)
+                prefill[size] = _timing(reports, size, scale)
+            long_s = _timing(reports, 1, scale).seconds
+            context_s = max(0.0, (long_s - decode[1].seconds) / (LONG_PROMPT - SHORT_PROMPT))
+            second = LONG_PROMPT - _STEP_TOKENS
+            flat_s = _between(prefill, second)
+            extra_s = _timing(reports, second, scale).seconds - flat_s
+            prefill_context_s = max(0.0, extra_s / (second * _STEP_TOKENS))
+    return Calibration(
+        decode=dict(sorted(decode.items())),
+        prefill=prefill,
+        context_s_per_token=context_s,
+        prefill_context_s=prefill_context_s,
+        load_average=os.getloadavg()[0],
+        seconds=0.0,
+    )
+
+
+def _timing(reports: list[StepReport], num_tokens: int, scale: float) -> Timing:
+    times = sorted(r.step_s for r in reports if r.num_step_tokens == num_tokens)
+    assert times, f"no step of {num_tokens} tokens"
+    median = statistics.median(times)
+    low, high = times[len(times) // 4], times[-1 - len(times) // 4]
+    return Timing(median * scale, (high - low) / 2 / median)
+
+
+def _between(points: dict[int, Timing], size: int) -> float:
+    (low, first), (high, last) = sorted(points.items())
+    share = (size - low) / (high - low)
+    return first.seconds + share * (last.seconds - first.seconds)
+
+
+def _layers_in_time(spec: ModelSpec, plan: DeploymentPlan) -> tuple[int, float]:
+    """How many layers can be made up in time, and the whole model's time over theirs."""
+    outside = sum(
+        i.slot.shape[0] * i.slot.shape[1]
+        for i in plan.weights.tensors
+        if i.format is not None and i.slot.layer < 0
+    )
+    inside = sum(
+        i.slot.shape[0] * i.slot.shape[1]
+        for i in plan.weights.tensors
+        if i.format is not None and i.slot.layer >= 0
+    )
+    whole_bytes = plan.ledger.weights_bytes
+    layer_bytes = whole_bytes * inside / (inside + outside) / spec.num_layers
+    outside_bytes = whole_bytes - layer_bytes * spec.num_layers
+    room = max(0.0, _MAX_WEIGHTS_BYTES - outside_bytes)
+    num_layers = max(1, min(spec.num_layers, int(room / layer_bytes)))
+    return num_layers, whole_bytes / (outside_bytes + num_layers * layer_bytes)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / "calibration" / f"{key}.json"

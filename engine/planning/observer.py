@@ -1,0 +1,104 @@
+"""What the engine's steps say of speed while it serves: the measured side of a receipt.
+
+`observe` runs on the engine thread, once a step; the applier reads windows from its own thread.
+"""
+
+import threading
+import time
+from collections import deque
+
+import msgspec
+
+from engine.planning.cost_model import CostModel
+from engine.types import StepReport
+
+_MAX_STEPS = 4096
+_BLOCK_TOKENS = 16
+
+
+class DecodeStep(msgspec.Struct, frozen=True):
+    """A step in which every sequence advanced by its own tokens and nobody caught up."""
+
+    ended_at_s: float
+    seconds: float
+    num_sequences: int
+    num_generated: int
+    context_tokens: int
+
+
+class DecodeWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """Decode steps of a while, together."""
+
+    num_steps: int
+    mean_sequences: float
+    tokens_per_s: float  # of all sequences, while steps ran
+    predicted_tokens_per_s: float | None  # for the very same steps
+
+
+class Observer:
+    """Keeps the last decode steps, and the pauses between tokens while asked to."""
+
+    def __init__(self) -> None:
+        self._steps: deque[DecodeStep] = deque(maxlen=_MAX_STEPS)
+        self._lock = threading.Lock()
+        self._last_token_s: dict[int, float] | None = None
+        self._longest_pause_s = 0.0
+
+    def observe(self, report: StepReport) -> None:
+        """Take in one step."""
+        now_s = time.monotonic()
+        num_generated = sum(len(event.token_ids) for event in report.events)
+        num_ended = sum(event.finish_reason is not None for event in report.events)
+        num_sequences = report.load.num_running + num_ended
+        with self._lock:
+            if self._last_token_s is not None:
+                self._note_pauses(report, now_s)
+            # Where prompts are computed, the step has more tokens than it gives.
+            if num_generated and report.num_step_tokens == num_generated == num_sequences:
+                context = report.load.num_held_blocks * _BLOCK_TOKENS
+                context = max(num_sequences, context - num_sequences * _BLOCK_TOKENS // 2)
+                self._steps.append(
+                    DecodeStep(now_s, report.step_s, num_sequences, num_generated, context)
+                )
+
+    def begin_pauses(self) -> None:
+        """Note from now on how long each sequence waits between two tokens."""
+        with self._lock:
+            self._last_token_s, self._longest_pause_s = {}, 0.0
+
+    def end_pauses(self) -> float:
+        """The longest pause since the beginning, in seconds."""
+        with self._lock:
+            self._last_token_s = None
+            return self._longest_pause_s
+
+    def window(self, since_s: float, model: CostModel | None) -> DecodeWindow | None:
+        """All decode steps that ended since then; None where there were none."""
+        with self._lock:
+            steps = [step for step in self._steps if step.ended_at_s >= since_s]
+        if not steps:
+            return None
+        seconds = sum(step.seconds for step in steps)
+        tokens = sum(step.num_generated for step in steps)
+        predicted = None
+        if model is not None:
+            predicted = tokens / sum(
+                model.decode_step_s(step.num_sequences, step.context_tokens) for step in steps
+            )
+        return DecodeWindow(
+            num_steps=len(steps),
+            mean_sequences=tokens / len(steps),
+            tokens_per_s=tokens / seconds,
+            predicted_tokens_per_s=predicted,
+        )
+
+    def _note_pauses(self, report: StepReport, now_s: float) -> None:
+        last = self._last_token_s
+        assert last is not None
+        for event in report.events:
+            if event.token_ids:
+                pause_s = now_s - last.get(event.seq_id, now_s)
+                self._longest_pause_s = max(self._longest_pause_s, pause_s)
+                last[event.seq_id] = now_s
+            if event.finish_reason is not None:
+                last.pop(event.seq_id, None)

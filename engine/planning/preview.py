@@ -1,0 +1,266 @@
+"""What a proposed setting would do: memory by component, speed, routes, quality, and what is short.
+
+The server and `tools.preview` make one `Planner` for a model's headers; nothing here loads
+weights.
+"""
+
+import hashlib
+import math
+import threading
+from typing import Any, Literal
+
+import fulcrum_core
+import msgspec
+from msgspec.structs import replace
+
+from engine.config import EngineConfig
+from engine.ledger import DeploymentPlan, Ledger, kv_token_bytes, mib
+from engine.loader import ModelHeaders, plan_headers
+from engine.planning.calibration import (
+    Calibration,
+    calibrate,
+    calibration_key,
+    known_calibration,
+)
+from engine.planning.cost_model import CostModel, Speed
+from engine.planning.proposal import Proposal, settings_of
+from engine.planning.quality import Quality, QualityKey, quality_of, text_digest
+
+_ANY_BYTES = 1 << 60  # plans without regard to what the machine has
+_LEVELS = (("FP16", "none"), ("INT8", "int8"), ("INT4", "int4"))  # FP16: two bytes, as bf16
+_SAMPLE_BYTES = 64  # of each tensor, for the model's digest
+
+
+class Remedy(msgspec.Struct, frozen=True):
+    """A change that frees memory."""
+
+    setting: dict[str, Any]
+    frees_bytes: int
+    text: str
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """The ledger against what the machine has."""
+
+    components: dict[str, int]  # bytes by name
+    total_bytes: int
+    available_bytes: int  # with what the running model would give back
+    fits: bool
+    short_bytes: int
+    remedies: list[Remedy]
+
+
+class Routes(msgspec.Struct, frozen=True):
+    """How many sequences of a length fit at once."""
+
+    sequence_tokens: int
+    count: int
+    limited_by: Literal["kv", "max_sequences"]
+
+
+class Preview(msgspec.Struct, frozen=True, kw_only=True):
+    """One setting and what it would do."""
+
+    setting: dict[str, Any]
+    formats: str
+    kv_tokens: int
+    memory: Memory
+    routes: Routes
+    speed: Speed | None
+    speed_basis: str
+    quality: Quality
+
+
+class Level(msgspec.Struct, frozen=True):
+    """A row of the memory table."""
+
+    name: str
+    quantization: str
+    memory: dict[str, int]
+    total_bytes: int
+    formats: str
+
+
+class Planner:
+    """Plans of one model on this machine; any thread may ask."""
+
+    def __init__(self, headers: ModelHeaders) -> None:
+        self.headers = headers
+        self._digest = _model_digest(headers)
+        self._calibrating = threading.Lock()  # two at once would time each other
+
+    def plan(self, config: EngineConfig) -> DeploymentPlan:
+        """Raises ConfigError where a value cannot work; memory has no say here."""
+        return plan_headers(config, self.headers, _ANY_BYTES)
+
+    def levels(self, config: EngineConfig) -> list[Level]:
+        """FP16, INT8 and INT4 side by side with the other settings of `config`."""
+        rows = []
+        for name, quantization in _LEVELS:
+            plan = self.plan(replace(config, quantization=quantization))
+            ledger = plan.ledger
+            rows.append(
+                Level(
+                    name,
+                    quantization,
+                    ledger.components(),
+                    ledger.total_bytes,
+                    plan.weights.formats,
+                )
+            )
+        return rows
+
+    def calibration(self, plan: DeploymentPlan, *, measure: bool) -> Calibration | None:
+        """Steps of this plan on this machine: kept ones, else measured in about 5 s if asked."""
+        headers = self.headers
+        spec = headers.checkpoint.spec
+        key = calibration_key(spec, plan, headers.isa, headers.num_threads)
+        known = known_calibration(key)
+        if known is not None or not measure:
+            return known
+        with self._calibrating:
+            return known_calibration(key) or calibrate(spec, plan, headers.isa, headers.num_threads)
+
+    def quality_key(self, plan: DeploymentPlan) -> QualityKey:
+        """Name what the quality of this plan depends on."""
+        return QualityKey(self._digest, _formats_digest(plan), plan.context.kv_dtype)
+
+    def quality(self, config: EngineConfig, plan: DeploymentPlan) -> Quality:
+        """Measured, estimated or unknown."""
+        reference = self.plan(replace(config, quantization="none"))
+        return quality_of(self.quality_key(plan), _formats_digest(reference))
+
+    def preview(
+        self,
+        today: EngineConfig,
+        proposal: Proposal,
+        *,
+        available_bytes: int,
+        measure: bool = True,
+    ) -> Preview:
+        """What `proposal` would do; raises ConfigError where a value cannot work."""
+        config = proposal.changed(today)
+        plan = self.plan(config)
+        calibration = self.calibration(plan, measure=measure)
+        speed = None
+        basis = "not calibrated"
+        if calibration is not None:
+            speed = CostModel(calibration).speed(
+                min(proposal.concurrency, config.max_sequences),
+                proposal.prompt_tokens,
+                proposal.output_tokens,
+            )
+            basis = (
+                f"micro-benchmarks of {calibration.seconds:.1f} s on this machine "
+                f"(load average {calibration.load_average:.1f})"
+            )
+        setting = settings_of(config)
+        return Preview(
+            setting=setting,
+            formats=plan.weights.formats,
+            kv_tokens=plan.context.num_kv_blocks * fulcrum_core.BLOCK_SIZE,
+            memory=self._memory(config, plan, available_bytes),
+            routes=_routes(config, plan, proposal.prompt_tokens + proposal.output_tokens),
+            speed=speed,
+            speed_basis=basis,
+            quality=self.quality(config, plan),
+        )
+
+    def _memory(self, config: EngineConfig, plan: DeploymentPlan, available_bytes: int) -> Memory:
+        ledger = plan.ledger
+        short = max(0, ledger.total_bytes - available_bytes)
+        return Memory(
+            components=ledger.components(),
+            total_bytes=ledger.total_bytes,
+            available_bytes=available_bytes,
+            fits=short == 0,
+            short_bytes=short,
+            remedies=self._remedies(config, plan) if short else [],
+        )
+
+    def _remedies(self, config: EngineConfig, plan: DeploymentPlan) -> list[Remedy]:
+        """Changes that would free memory, the one that frees most first."""
+        spec, ledger, context = self.headers.checkpoint.spec, plan.ledger, plan.context
+        found: list[Remedy] = []
+        for quantization in ("int8", "int4"):
+            smaller = self.plan(replace(config, quantization=quantization)).ledger
+            found.append(
+                _remedy(
+                    {"quantization": quantization},
+                    ledger.weights_bytes - smaller.weights_bytes,
+                    f"weights in {quantization}",
+                )
+            )
+        if context.kv_dtype == "bf16":
+            share = kv_token_bytes(spec, "int8") / kv_token_bytes(spec, "bf16")
+            kv_bytes = math.ceil(ledger.kv_bytes * share)
+            found.append(
+                _remedy(
+                    {"kv_dtype": "int8", "kv_memory": kv_bytes},
+                    ledger.kv_bytes - kv_bytes,
+                    "KV int8 for as many tokens",
+                )
+            )
+        for length in (32768, 8192, 4096, 2048):
+            if length < context.max_model_len:
+                blocks = -(-length // fulcrum_core.BLOCK_SIZE)
+                old_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
+                kv_bytes = max(blocks, context.num_kv_blocks * blocks // old_blocks)
+                kv_bytes *= ledger.kv_bytes // context.num_kv_blocks
+                found.append(
+                    _remedy(
+                        {"max_model_len": length, "kv_memory": kv_bytes},
+                        ledger.kv_bytes - kv_bytes,
+                        f"context of {length} tokens for as many sequences",
+                    )
+                )
+        found = [remedy for remedy in found if remedy.frees_bytes > 0]
+        return sorted(found, key=lambda remedy: -remedy.frees_bytes)
+
+
+def shortage_text(memory: Memory) -> str:
+    """One line: how much is short and what would free it."""
+    ways = ", ".join(remedy.text for remedy in memory.remedies) or "nothing frees that much here"
+    return (
+        f"needs {mib(memory.total_bytes)}, {mib(memory.short_bytes)} more than the "
+        f"{mib(memory.available_bytes)} there are: {ways}"
+    )
+
+
+def pinned(config: EngineConfig, ledger: Ledger, plan: DeploymentPlan) -> EngineConfig:
+    """`config` with what was decided at load written out: today's values for a proposal."""
+    return replace(
+        config,
+        kv_dtype=plan.context.kv_dtype,
+        kv_memory_bytes=ledger.kv_bytes,
+        max_model_len=plan.context.max_model_len,
+    )
+
+
+def _remedy(setting: dict[str, Any], frees_bytes: int, what: str) -> Remedy:
+    return Remedy(setting, frees_bytes, f"{what} frees {mib(frees_bytes)}")
+
+
+def _routes(config: EngineConfig, plan: DeploymentPlan, sequence_tokens: int) -> Routes:
+    blocks = max(1, -(-sequence_tokens // fulcrum_core.BLOCK_SIZE))
+    by_memory = plan.context.num_kv_blocks // blocks
+    if sequence_tokens > plan.context.max_model_len:
+        return Routes(sequence_tokens, 0, "kv")
+    if by_memory < config.max_sequences:
+        return Routes(sequence_tokens, by_memory, "kv")
+    return Routes(sequence_tokens, config.max_sequences, "max_sequences")
+
+
+def _model_digest(headers: ModelHeaders) -> str:
+    """Identify the weights by their headers and a few bytes of each tensor."""
+    digest = hashlib.sha256(text_digest().encode())
+    for name, tensor in sorted(headers.checkpoint.tensors.items()):
+        digest.update(msgspec.json.encode((name, tensor.shape, tensor.block_type)))
+        middle = len(tensor.data) // 2
+        digest.update(tensor.data[middle : middle + _SAMPLE_BYTES].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _formats_digest(plan: DeploymentPlan) -> str:
+    formats = [(i.slot.slot, i.slot.layer, i.format) for i in plan.weights.tensors]
+    return hashlib.sha256(msgspec.json.encode(formats)).hexdigest()[:12]

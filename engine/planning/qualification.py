@@ -1,0 +1,214 @@
+"""Which techniques a model and this machine qualify for, each with its evidence.
+
+Judged from the files' headers and the device alone, so that it can be asked before anything is
+loaded. `GET /v1/optimizations` and `tools.preview` show it.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import fulcrum_core
+import msgspec
+
+from engine.checkpoint.cache import cache_folder
+from engine.checkpoint.gguf import GgufFile
+from engine.checkpoint.tensor import CheckpointError
+from engine.config import EngineConfig, KvDtype, Quantization
+from engine.ledger import kv_token_bytes, mib, plan_deployment
+from engine.loader import ModelHeaders
+from engine.machine import physical_cores
+
+# Drafters that this build holds, by technique; the others are judged but cannot be chosen.
+BUILT_DRAFTERS: frozenset[str] = frozenset()
+# Levels that are asked for, built or not.
+_LEVELS = tuple(dict.fromkeys((*get_args(Quantization), "fp8")))
+_LEVEL_MEANING = {
+    "auto": "each matrix at about its own size in the file",
+    "none": "bf16",
+    "int8": "8 bits and a scale a group",
+    "int4": "4 bits, a scale and a minimum a group",
+    "fp8": "8-bit floats",
+}
+_MTP_MARKS = (".mtp.", "mtp.", "nextn", ".eh_proj", "multi_token")
+_VOCABULARY_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+
+
+class Technique(msgspec.Struct, frozen=True, kw_only=True):
+    """One technique on this model and machine."""
+
+    name: str
+    kind: Literal["weights", "kv", "speculation", "cache", "hardware"]
+    qualified: bool
+    enabled: bool
+    evidence: str
+    needs: str | None = None  # what would make it qualify
+    gained: str | None = None  # so far, measured
+    setting: dict[str, Any] | None = None  # the proposal that turns it on
+
+
+def qualify(headers: ModelHeaders, config: EngineConfig, kv_dtype: KvDtype) -> list[Technique]:
+    """Judge every technique. `config` and `kv_dtype` say what is enabled today."""
+    return [
+        *_weight_levels(headers, config),
+        *_kv_dtypes(headers, kv_dtype),
+        *_speculation(headers),
+        Technique(
+            name="prefix cache",
+            kind="cache",
+            qualified=True,
+            enabled=True,
+            evidence="full KV blocks are found again by the digest of their text",
+        ),
+        *_hardware(headers),
+    ]
+
+
+def _weight_levels(headers: ModelHeaders, config: EngineConfig) -> list[Technique]:
+    checkpoint = headers.checkpoint
+    stored = Counter(tensor.block_type for tensor in checkpoint.tensors.values())
+    types = ", ".join(f"{name} ({count})" for name, count in stored.most_common(4))
+    rows = []
+    for level in _LEVELS:
+        name = "weights bf16" if level == "none" else f"weights {level}"
+        if level not in get_args(Quantization):
+            rows.append(
+                Technique(
+                    name=name,
+                    kind="weights",
+                    qualified=False,
+                    enabled=False,
+                    evidence=f"{_LEVEL_MEANING[level]}: this build has no kernel for it",
+                    needs=f"a build with {level} kernels",
+                )
+            )
+            continue
+        changed = msgspec.structs.replace(config, quantization=level)
+        plan = plan_deployment(
+            changed,
+            checkpoint.spec,
+            checkpoint.tensors,
+            source=str(headers.resolved.path),
+            isa=headers.isa,
+            num_threads=headers.num_threads,
+            available_bytes=1 << 60,
+        )
+        meaning = _LEVEL_MEANING.get(level, level)
+        rows.append(
+            Technique(
+                name=name,
+                kind="weights",
+                qualified=True,
+                enabled=config.quantization == level,
+                evidence=f"{meaning}; the file has {types}; {plan.weights.formats}, "
+                f"{mib(plan.ledger.weights_bytes)}",
+                setting={"quantization": level},
+            )
+        )
+    return rows
+
+
+def _kv_dtypes(headers: ModelHeaders, enabled: KvDtype) -> list[Technique]:
+    notes = {"bf16": "lossless by default", "int8": "a scale per token and head"}
+    return [
+        Technique(
+            name=f"KV {dtype}",
+            kind="kv",
+            qualified=True,
+            enabled=dtype == enabled,
+            evidence=f"{kv_token_bytes(headers.checkpoint.spec, dtype) / 1024:.1f} KiB a token; "
+            f"{notes.get(dtype, dtype)}",
+            setting={"kv_dtype": dtype},
+        )
+        for dtype in get_args(KvDtype)
+    ]
+
+
+def _speculation(headers: ModelHeaders) -> list[Technique]:
+    rows = []
+    for name, (has_parts, evidence, needs) in {
+        "ngram": (True, "needs nothing of the model: drafts come from the text itself", None),
+        "mtp": _mtp(headers),
+        "draft": _draft_model(headers),
+    }.items():
+        built = name in BUILT_DRAFTERS
+        if has_parts and not built:
+            needs = "a build with this drafter"
+        rows.append(
+            Technique(
+                name=f"speculation {name}",
+                kind="speculation",
+                qualified=has_parts and built,
+                enabled=False,
+                evidence=evidence if built else f"{evidence}; this build has no such drafter",
+                needs=needs,
+            )
+        )
+    return rows
+
+
+def _mtp(headers: ModelHeaders) -> tuple[bool, str, str | None]:
+    names = [n for n in headers.checkpoint.tensors if any(mark in n for mark in _MTP_MARKS)]
+    if names:
+        return True, f"the checkpoint has a module: {len(names)} tensors such as {names[0]}", None
+    return (
+        False,
+        "the checkpoint has no multi-token prediction module",
+        "a checkpoint with such a module, or a head trained for this model",
+    )
+
+
+def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:
+    """Look for a smaller model with the same vocabulary among those in the cache folder."""
+    path = headers.resolved.path
+    needs = "a model of at most half the size with the same vocabulary in the cache folder"
+    own = _gguf_vocabulary(path) if headers.resolved.kind == "gguf" else None
+    own_bytes = path.stat().st_size if path.is_file() else _folder_bytes(path)
+    others = [p for p in sorted(cache_folder().glob("packages/*/*.gguf")) if p != path]
+    smaller = [p for p in others if p.stat().st_size <= own_bytes / 2]
+    for candidate in smaller:
+        if own is not None and _gguf_vocabulary(candidate) == own:
+            return True, f"{candidate.name} has the same vocabulary and half the size", None
+    found = f"{len(others)} other models in the cache, {len(smaller)} of at most half the size"
+    return False, f"{found}, none with the same vocabulary", needs
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _gguf_vocabulary(path: Path) -> tuple[Any, ...] | None:
+    try:
+        metadata = GgufFile(path).metadata
+    except CheckpointError:
+        return None
+    return tuple(metadata.get(key) for key in _VOCABULARY_KEYS)
+
+
+def _hardware(headers: ModelHeaders) -> list[Technique]:
+    best = fulcrum_core.detect_isa()
+    cores = physical_cores()
+    rows = [
+        Technique(
+            name=f"threads {headers.num_threads}",
+            kind="hardware",
+            qualified=headers.num_threads <= cores,
+            enabled=True,
+            evidence=f"{cores} physical cores are left to this process",
+            needs=None if headers.num_threads <= cores else f"--threads {cores}",
+        )
+    ]
+    order = ("portable", "avx2", "avx512")
+    for isa in order:
+        has_it = order.index(isa) <= order.index(best)
+        rows.append(
+            Technique(
+                name=f"ISA {isa}",
+                kind="hardware",
+                qualified=has_it,
+                enabled=isa == headers.isa,
+                evidence="detected" if has_it else f"this processor offers {best} at most",
+                needs=None if has_it else f"a processor with {isa}",
+            )
+        )
+    return rows

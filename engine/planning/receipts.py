@@ -1,0 +1,76 @@
+"""What an apply promised and what was measured afterwards, kept as JSON lines.
+
+The applier writes them; the endpoints and the page show them.
+"""
+
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from engine.planning.cost_model import Interval
+from engine.planning.quality import Quality
+
+_KEPT_IN_MEMORY = 50
+
+
+class MemoryOutcome(msgspec.Struct, frozen=True):
+    """Bytes by component; weights, KV blocks and activations as planned and as allocated."""
+
+    predicted: dict[str, int]
+    measured: dict[str, int]
+
+
+class SpeedOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Decode tokens per second of all sequences, over the steps that were observed."""
+
+    predicted: Interval | None
+    measured: float | None
+    num_sequences: float | None  # mean of the observed steps
+    num_steps: int
+    before: float | None  # as measured with the former setting, shortly before
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """One apply from its proposal to its outcome."""
+
+    id: str
+    at: str  # ISO 8601, UTC
+    outcome: Literal["kept", "rolled_back", "failed"]
+    reason: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    mode: str  # "beside" or "drain"
+    build_s: float
+    switch_s: float
+    longest_pause_s: float | None
+    memory: MemoryOutcome | None
+    speed: SpeedOutcome | None
+    quality: Quality | None
+
+
+class ReceiptLog:
+    """Appends to a file; keeps the latest in memory for those who ask."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._latest: list[Receipt] = []
+
+    def append(self, receipt: Receipt) -> str | None:
+        """Keep a receipt; returns what hindered writing it, or None."""
+        with self._lock:
+            self._latest = [*self._latest[1 - _KEPT_IN_MEMORY :], receipt]
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("ab") as file:
+                    file.write(msgspec.json.encode(receipt) + b"\n")
+            except OSError as error:
+                return f"{self.path}: {error.strerror}"
+        return None
+
+    def latest(self) -> list[Receipt]:
+        """Those of this process, the newest first."""
+        with self._lock:
+            return self._latest[::-1]

@@ -1,0 +1,121 @@
+"""One core with the scheduler, the batch and the drafters that drive it: computes a step at a time.
+
+The engine loop owns one, and for a while two where another core takes over.
+"""
+
+import time
+
+import msgspec
+
+from engine.batch import Batch, Core
+from engine.block_manager import BlockManager
+from engine.scheduler import Scheduler, StepPlan
+from engine.speculation.setup import OFF, Speculation, calibrate
+from engine.speculation.speculator import Speculator
+from engine.types import TokenEvent
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine thread must know of the model and the options, decided at load."""
+
+    max_model_len: int
+    num_kv_blocks: int  # that the core has allocated
+    eos_token_ids: tuple[int, ...]
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+
+
+class StepFailedError(RuntimeError):
+    """A step that could not be computed; the sequences of its plan have not advanced."""
+
+    def __init__(self, plan: StepPlan, error: Exception) -> None:
+        super().__init__(f"the model could not be computed: {error}")
+        self.plan = plan
+
+
+class ParkedCore:
+    """Stands in while there is no core; no step is planned then."""
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    def bind(self, **buffers: object) -> None:
+        """Keep nothing."""
+
+    def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+        raise AssertionError("a step while the engine is parked")
+
+
+class Runner:
+    """Plans, computes and commits steps on one core."""
+
+    def __init__(
+        self, core: Core, settings: EngineSettings, speculation: Speculation = OFF
+    ) -> None:
+        if settings.num_kv_blocks * core.block_size < settings.max_model_len:
+            raise ValueError(
+                f"{settings.num_kv_blocks} KV blocks of {core.block_size} tokens cannot hold one "
+                f"sequence of {settings.max_model_len}; allocate more or lower max_model_len"
+            )
+        if settings.max_step_tokens < settings.max_sequences:
+            raise ValueError("max_step_tokens must be at least max_sequences")
+        self.core = core
+        self.settings = settings
+        hidden = speculation.hidden_states(settings.max_sequences)
+        self._batch = Batch(
+            core,
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=settings.max_model_len,
+            eos_token_ids=frozenset(settings.eos_token_ids),
+            hidden=hidden,
+        )
+        self.scheduler = Scheduler(
+            BlockManager(settings.num_kv_blocks, core.block_size),
+            max_sequences=settings.max_sequences,
+            max_step_tokens=settings.max_step_tokens,
+            max_model_len=settings.max_model_len,
+        )
+        policy = speculation.policy(self._batch, hidden, max_step_tokens=settings.max_step_tokens)
+        if policy.drafters:
+            calibrate(self._batch, policy.costs, settings.max_step_tokens)
+        self.speculator = Speculator(
+            policy, self.scheduler, self._batch.lanes, settings.max_step_tokens
+        )
+
+    def step(self) -> tuple[list[TokenEvent], int]:
+        """Compute one step: its events and its number of tokens, 0 where there was nothing to do.
+
+        Raises StepFailedError where the core could not.
+        """
+        plan = self.scheduler.schedule()
+        if not plan.entries:
+            return [], 0
+        try:
+            self.speculator.extend(plan)
+            for seq in plan.admitted:
+                self._batch.open_lane(seq)
+            num_tokens, num_sequences, num_rows = self._batch.fill(plan.entries)
+            began_s = time.perf_counter()
+            self.core.step(num_tokens, num_sequences, num_rows)
+            step_s = time.perf_counter() - began_s
+        except Exception as error:
+            raise StepFailedError(plan, error) from error
+        events = self.scheduler.commit(plan, self._batch.sampled())
+        self.speculator.learn(plan, num_tokens, step_s)
+        return events, num_tokens
+
+    def release_core(self) -> None:
+        """Put the running sequences back in the queue and let the core go; no step follows."""
+        self.scheduler.suspend_all()
+        self.core = ParkedCore(self.core.block_size)
+        self._batch = Batch(
+            self.core,
+            max_sequences=1,
+            max_step_tokens=1,
+            max_model_len=self.core.block_size,
+            eos_token_ids=frozenset(),
+        )
+        self.speculator = Speculator(
+            OFF.policy(self._batch, None, max_step_tokens=1), self.scheduler, self._batch.lanes, 1
+        )

@@ -1,0 +1,125 @@
+"""Drafts by a model of the core, token after token: a multi-token-prediction module or a small model.
+
+The core does it in one call (cpp/draft.h); here is which positions the model still has to catch up
+with, for each of the engine's lanes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence as Row
+from typing import Any
+
+import fulcrum_core
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.lanes import Float32Array, Lanes
+from engine.sequence import Sequence
+from engine.speculation.drafter import Draft
+
+# Classes of a draft's own probability, on which its acceptance depends.
+_CLASS_BOUNDS = (0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.74, 0.84, 0.92, 0.97)
+_CLASS_PRIORS = (0.05, 0.12, 0.2, 0.3, 0.42, 0.54, 0.66, 0.77, 0.86, 0.93, 0.97)
+_POSITION_PRIORS = (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+# A chain whose drafts together are less likely than this is not gone on with.
+_MIN_CONFIDENCE = 0.1
+
+
+class ChainDrafter:
+    """Drafts for any number of sequences in one call of the core, whose KV blocks it shares."""
+
+    is_free = False
+    priors = _CLASS_PRIORS
+
+    def __init__(
+        self,
+        name: str,
+        model: fulcrum_core.Model,
+        lanes: Lanes,
+        *,
+        max_drafts: int,
+        max_step_tokens: int,
+        hidden: Float32Array | None = None,
+    ) -> None:
+        """`model` has a KV cache of as many blocks as the target; `hidden` is what the batch keeps
+        of the target's hidden states, (lanes * W, D), where the model reads them."""
+        num_lanes = len(lanes.tokens)
+        self.name = name
+        self.max_drafts = max_drafts
+        self.position_priors = _POSITION_PRIORS[:max_drafts]
+        self._block_size = model.block_size
+        self._window = 0 if hidden is None else len(hidden) // num_lanes
+        self._max_tokens = max(max_step_tokens, self._window)
+        self._core = fulcrum_core.Drafter(model, self._max_tokens, num_lanes, max_drafts)
+        names = ("lanes", "begin", "end", "start", "num_drafts", "num_drafted")
+        self._call: dict[str, NDArray[Any]] = {n: np.zeros(num_lanes, np.int32) for n in names}
+        self._call["draft_ids"] = np.zeros((num_lanes, max_drafts), np.int32)
+        self._call["draft_probs"] = np.zeros((num_lanes, max_drafts), np.float32)
+        texts = {n: lanes.params[n] for n in ("temperature", "top_p", "min_p", "top_k", "seed")}
+        if hidden is not None:
+            texts["hidden"] = hidden
+        self._core.bind(tokens=lanes.tokens, blocks=lanes.blocks, **texts, **self._call)
+        # Of each lane: whose text this is about, from where on it is seen, how far it is computed.
+        self._owners: list[tuple[int, int] | None] = [None] * num_lanes
+        self._starts = [0] * num_lanes
+        self._ends = [0] * num_lanes
+
+    def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
+        """Draft at most max_drafts[i] tokens for sequences[i], whose lane and blocks are written."""
+        drafts = [Draft(self.name, [], [])] * len(sequences)
+        group: list[int] = []
+        num_tokens = 0
+        for index, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
+            span = self._span(seq) if wanted > 0 else None
+            if span is None:
+                continue
+            count = span[1] - span[0]
+            if self._window and num_tokens + count > self._max_tokens:
+                self._run(group, drafts)
+                group, num_tokens = [], 0
+            self._write(len(group), seq, span, min(wanted, self.max_drafts))
+            group.append(index)
+            num_tokens += count
+        self._run(group, drafts)
+        return drafts
+
+    def _span(self, seq: Sequence) -> tuple[int, int] | None:
+        """Positions to catch up with, and note that they are; None where too little is known."""
+        lane, owner = seq.lane, (seq.seq_id, seq.num_starts)
+        reads_hidden = self._window > 0
+        # With a hidden state goes the token after it: the last token has none yet.
+        end = len(seq.token_ids) - 1 if reads_hidden else len(seq.token_ids)
+        if self._owners[lane] != owner:
+            self._owners[lane] = owner
+            self._starts[lane] = self._ends[lane] = seq.first_computed if reads_hidden else 0
+        begin = self._ends[lane]
+        if reads_hidden and begin < end - self._window:
+            # The states in between are gone: the text is seen from a later block on.
+            oldest = end - self._window
+            begin = self._starts[lane] = -(-oldest // self._block_size) * self._block_size
+        if begin >= end:
+            return None
+        self._ends[lane] = end
+        return begin, end
+
+    def _write(self, row: int, seq: Sequence, span: tuple[int, int], num_drafts: int) -> None:
+        call = self._call
+        call["lanes"][row] = seq.lane
+        call["begin"][row], call["end"][row] = span
+        call["start"][row] = self._starts[seq.lane]
+        call["num_drafts"][row] = num_drafts
+
+    def _run(self, group: Row[int], drafts: list[Draft]) -> None:
+        """Compute what is written for a group and put it into its places of `drafts`."""
+        count = len(group)
+        if not count:
+            return
+        self._core.propose(count, _MIN_CONFIDENCE)
+        for index, number, ids, probs in zip(
+            group,
+            self._call["num_drafted"][:count].tolist(),
+            self._call["draft_ids"][:count].tolist(),
+            self._call["draft_probs"][:count].tolist(),
+            strict=True,
+        ):
+            buckets = [bisect_right(_CLASS_BOUNDS, prob) for prob in probs[:number]]
+            drafts[index] = Draft(self.name, ids[:number], buckets)

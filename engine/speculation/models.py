@@ -1,0 +1,157 @@
+"""Which sequences a drafter that runs a model is asked for, and how deep it drafts for them.
+
+Such a drafter costs time before it is known what it proposes: it is asked where its usual
+acceptance promises more than the draft that a free drafter already gave, and now and then for a
+few sequences where it does not, so that a change is noticed.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.candidates import StepDrafts
+from engine.speculation.costs import Costs
+from engine.speculation.depth import MARGIN, DepthPlanner
+from engine.speculation.drafter import Drafter
+
+PROBE_SEQUENCES = 2
+VERIFY_EVERY = 4  # probes
+
+
+@dataclass(slots=True)
+class Ask:
+    """A call of a drafter: candidates by index, drafts for each, and whose are verified anyway."""
+
+    name: str
+    indices: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    verified: set[int] = field(default_factory=set)
+
+
+class ModelDrafters:
+    """The planners of all drafters that run a model, and which of these is in use."""
+
+    def __init__(
+        self, drafters: list[Drafter], acceptance: dict[str, Acceptance], costs: Costs
+    ) -> None:
+        self.planners = {
+            drafter.name: DepthPlanner(acceptance[drafter.name], costs) for drafter in drafters
+        }
+        self.current: str | None = next(iter(self.planners), None)
+        self._acceptance = acceptance
+        self._num_probes = 0
+
+    def remove(self, name: str) -> None:
+        """Forget a drafter that cannot be asked any more."""
+        self.planners.pop(name, None)
+        if self.current == name:
+            self.current = next(iter(self.planners), None)
+
+    def assign(
+        self, step: StepDrafts, rate: float, probe_credit_s: float
+    ) -> tuple[list[Ask], float]:
+        """Decide whom to ask for what; `rate` is the tokens per second that are usual now.
+
+        Returns the calls, and how much of the credit for probes they use.
+        """
+        auto = step.with_drafter("auto")
+        token_price = step.token_price(rate)
+        asks: dict[str, Ask] = {}
+        wanted_of: dict[str, list[int]] = {}
+        for name, planner in self.planners.items():
+            named = step.with_drafter(name)
+            wanted = wanted_of[name] = self._where_better(step, name, auto, rate, token_price)
+            if wanted or named:
+                self._plan(planner, step, wanted + named, token_price)
+            asks[name] = Ask(name)
+            for index in named:
+                depth = planner.depth
+                if step.candidates[index].num_drafts is not None:
+                    depth = planner.max_drafts
+                _add(asks[name], step, index, depth)
+        current = self._choose_current()
+        for index in wanted_of[current]:
+            _add(asks[current], step, index, self.planners[current].depth)
+        used_s = self._probe(step, asks, auto, probe_credit_s)
+        return [ask for ask in asks.values() if ask.indices], used_s
+
+    def _where_better(
+        self, step: StepDrafts, name: str, auto: list[int], rate: float, token_price: float
+    ) -> list[int]:
+        """Those of `auto` that have no draft, or a worse one than the drafter promises."""
+        if not auto or not step.has_drafts:
+            return auto
+        planner = self.planners[name]
+        gains = planner.mean_gains(token_price)
+        draft_times_s = planner.cost.times_s(len(auto), step.times_s)[1:]
+        odds = self._acceptance[name].odds([step.seq_ids[index] for index in auto])
+        values = (np.outer(odds, gains) - draft_times_s * (rate / len(auto))).max(axis=1)
+        free_values = np.maximum(step.survivals[auto] - token_price, 0.0).sum(axis=1)
+        is_wanted = (free_values == 0.0) | (values > free_values)
+        return [auto[row] for row in np.flatnonzero(is_wanted).tolist()]
+
+    def _plan(
+        self, planner: DepthPlanner, step: StepDrafts, asked: list[int], token_price: float
+    ) -> None:
+        if not planner.is_due(step.base_tokens):
+            return
+        others = step.survivals.copy()
+        others[asked] = 0.0
+        paying = others[others > token_price]
+        emitted = len(step.candidates) + float(paying.sum())
+        odds = self._acceptance[planner.name].odds([step.seq_ids[index] for index in asked])
+        planner.plan(odds, emitted, step.base_tokens, len(paying))
+
+    def _choose_current(self) -> str:
+        """The drafter whose planned rate is highest, the one in use unless clearly beaten."""
+        assert self.current is not None
+        rates = {name: planner.rates[planner.depth] for name, planner in self.planners.items()}
+        best = max(rates, key=lambda name: rates[name])
+        if rates[best] > (1.0 + MARGIN) * rates[self.current]:
+            self.current = best
+        return self.current
+
+    def _probe(
+        self, step: StepDrafts, asks: dict[str, Ask], auto: list[int], credit_s: float
+    ) -> float:
+        """Have some sequences drafted for at full depth where that is not done anyway.
+
+        Mostly it is enough to see whether the next token would have been right. Every so often
+        the drafts are verified as well: that shows the later ones, and what such a step takes.
+        """
+        idle = [
+            name
+            for name, planner in self.planners.items()
+            if name != self.current or planner.depth < planner.max_drafts
+        ]
+        if not auto or not idle:
+            return 0.0
+        name = idle[self._num_probes % len(idle)]
+        planner = self.planners[name]
+        count = min(PROBE_SEQUENCES, len(auto))
+        is_verified = self._num_probes % VERIFY_EVERY == VERIFY_EVERY - 1
+        cost_s = float(planner.cost.times_s(count, step.times_s)[-1])
+        if is_verified:
+            cost_s += step.seconds(count * planner.max_drafts) - step.seconds(0)
+        if cost_s > credit_s:
+            return 0.0
+        first = self._num_probes * PROBE_SEQUENCES
+        self._num_probes += 1
+        for offset in range(count):
+            index = auto[(first + offset) % len(auto)]
+            for ask in asks.values():
+                if index in ask.indices:
+                    position = ask.indices.index(index)
+                    del ask.indices[position], ask.depths[position]
+            _add(asks[name], step, index, planner.max_drafts)
+            if is_verified:
+                asks[name].verified.add(index)
+        return cost_s
+
+
+def _add(ask: Ask, step: StepDrafts, index: int, depth: int) -> None:
+    (limit,) = step.limits([index], depth)
+    if limit > 0:
+        ask.indices.append(index)
+        ask.depths.append(limit)

@@ -1,0 +1,119 @@
+"""The decisions of speculation as pure functions: what to verify, and how deep to draft.
+
+Both maximise expected emitted tokens per second. `times_s` is the time of a step by its number of
+tokens; a survival is the probability that a drafted token and all before it are accepted, which
+is also what it adds to the tokens that a step is expected to emit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.speculation.cost_curve import FloatArray
+
+# Verifying must promise this much more than not verifying: estimates are not exact, and a server
+# must not be slower for drafting.
+MIN_GAIN = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How many tokens of each draft to verify, and what that promises."""
+
+    counts: list[int]
+    num_verified: int
+    expected_emitted: float
+    expected_rate: float  # emitted tokens per second
+    plain_rate: float  # without drafts, for comparison
+
+
+def choose_counts(
+    survivals: FloatArray,  # (drafts, K), 0 where a draft is shorter
+    base_emitted: float,
+    base_tokens: int,
+    times_s: FloatArray,
+    sunk_s: float = 0.0,
+) -> Choice:
+    """Choose the drafted tokens whose verification pays, most likely ones first.
+
+    Without drafts the step has base_tokens tokens and emits base_emitted. Every number is looked
+    at, since costs have plateaus. sunk_s was spent on drafting: it makes the step as a whole
+    longer, so that one more token costs relatively less.
+    """
+    num_drafts, width = survivals.shape
+    if width == 0:
+        rate = base_emitted / float(times_s[min(base_tokens, len(times_s) - 1)])
+        return Choice([0] * num_drafts, 0, base_emitted, rate, rate)
+    flat = survivals.ravel()
+    # Stable: of equal survivals the earlier position comes first, and a draft's never rise.
+    order = np.argsort(-flat, kind="stable")
+    room = len(times_s) - 1 - base_tokens
+    num_usable = max(0, min(int(np.count_nonzero(flat)), room))
+    emitted = np.empty(num_usable + 1)
+    emitted[0] = base_emitted
+    np.cumsum(flat[order[:num_usable]], out=emitted[1:])
+    emitted[1:] += base_emitted
+    base_tokens = min(base_tokens, len(times_s) - 1)
+    rates = emitted / (times_s[base_tokens : base_tokens + num_usable + 1] + sunk_s)
+    best = int(rates.argmax())
+    if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
+        best = 0
+    owners = order[:best] // width
+    return Choice(
+        np.bincount(owners, minlength=num_drafts).tolist(),
+        best,
+        float(emitted[best]),
+        float(rates[best]),
+        base_emitted / float(times_s[base_tokens]),
+    )
+
+
+def rates_by_depth(
+    profiles: FloatArray,  # (P, K): survivals of recent drafts of full depth
+    num_sequences: int,
+    base_emitted: float,
+    base_tokens: int,
+    times_s: FloatArray,
+    draft_times_s: FloatArray,  # (K + 1,) for num_sequences
+) -> FloatArray:
+    """Expected emitted tokens per second if `num_sequences` are drafted for, by depth 0 … K.
+
+    Recent drafts stand for those to come: groups of num_sequences of them are put through the
+    choice of what to verify, because that is what makes a deep draft pay: of a draft that looks
+    bad nothing is verified.
+    """
+    num_profiles, max_depth = profiles.shape
+    if num_sequences > num_profiles:
+        profiles = np.resize(profiles, (num_sequences, max_depth))
+        num_profiles = num_sequences
+    num_groups = num_profiles // num_sequences
+    groups = profiles[: num_groups * num_sequences].reshape(num_groups, num_sequences, max_depth)
+    rates = np.empty(max_depth + 1)
+    base_tokens = min(base_tokens, len(times_s) - 1)
+    rates[0] = base_emitted / times_s[base_tokens]
+    room = len(times_s) - 1 - base_tokens
+    for depth in range(1, max_depth + 1):
+        num_usable = min(num_sequences * depth, room)
+        drafted = groups[:, :, :depth].reshape(num_groups, -1)
+        emitted = np.full((num_groups, num_usable + 1), base_emitted)
+        best_first = -np.sort(-drafted, axis=1)[:, :num_usable]
+        emitted[:, 1:] += np.cumsum(best_first, axis=1)
+        seconds = times_s[base_tokens : base_tokens + num_usable + 1] + draft_times_s[depth]
+        best = (emitted / seconds).argmax(axis=1)
+        rates[depth] = emitted[np.arange(num_groups), best].sum() / seconds[best].sum()
+    return rates
+
+
+def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:
+    """Return the depth of the highest rate, or the current one unless that is clearly better.
+
+    Depth 0 is returned to without a margin, and left only for twice of it: where it is a close
+    call, a draft costs time for nothing.
+    """
+    best = int(rates.argmax())
+    current = min(current, len(rates) - 1)
+    if best == 0:
+        return 0
+    if current == 0:
+        margin *= 2.0
+    return best if rates[best] > (1.0 + margin) * rates[current] else current

@@ -1,0 +1,212 @@
+"""Chooses, between two steps, who drafts for which sequence and how many drafts are verified.
+
+The scheduler calls `draft` before a step that decodes, `observe` for each sequence that the step
+advanced, and `observe_step` once; all on the engine thread.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Row
+
+from engine.speculation.acceptance import Acceptance
+from engine.speculation.candidates import Candidate, StepDrafts
+from engine.speculation.costs import Costs
+from engine.speculation.drafter import Draft, Drafter
+from engine.speculation.models import Ask, ModelDrafters
+from engine.speculation.plan import Choice, choose_counts
+from engine.speculation.tally import Tally
+
+log = logging.getLogger(__name__)
+
+PROBE_TIME_SHARE = 0.005  # of all step time, at most, for drafts that are not expected to pay
+MAX_PROBE_CREDIT_S = 0.03
+FREE_PROBE_DRAFTS = 4
+FORGET_EVERY = 512  # steps
+# Under load, after so many steps in which nothing paid, only every fourth step is looked at.
+REST_AFTER = 32
+REST_TOKENS = 8
+LOOK_EVERY = 4
+SPEEDUP_MEMORY = 16.0  # steps
+
+
+class SpeculationPolicy:
+    """Owns the drafters, what is known of their acceptance, and what steps and drafts cost."""
+
+    def __init__(
+        self,
+        drafters: Row[Drafter],
+        costs: Costs,
+        *,
+        unavailable: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`unavailable` names drafters that cannot be used here, each with the reason."""
+        self._clock = clock
+        self.costs = costs
+        self.drafters = {drafter.name: drafter for drafter in drafters}
+        self.unavailable = dict(unavailable or {})
+        self.acceptance = {drafter.name: Acceptance(drafter) for drafter in drafters}
+        self.tally = Tally({drafter.name: drafter.max_drafts for drafter in drafters})
+        self.models = ModelDrafters(
+            [drafter for drafter in drafters if not drafter.is_free], self.acceptance, costs
+        )
+        self.last_choice: Choice | None = None
+        self.last_load = (0, 0)  # candidates and tokens without drafts of the last choice
+        self._free = [drafter for drafter in drafters if drafter.is_free]
+        self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
+        self._verified: dict[int, Draft] = {}  # of that, what goes into it
+        self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
+        self._speedup = 1.0  # against no drafts, that recent choices promised
+        self._num_calls = 0
+        self._num_resting = 0  # steps in a row in which nothing paid
+        self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
+
+    def draft(self, candidates: list[Candidate], num_other_tokens: int = 0) -> list[Draft]:
+        """Return what to verify for each candidate in the coming step, often nothing.
+
+        `candidates` are all sequences that decode in it; num_other_tokens counts its other
+        tokens, those of prompts. Before the cost of a step is known nothing is drafted.
+        """
+        self._num_calls += 1
+        self._pending.clear()
+        self._verified.clear()
+        if self._num_calls % FORGET_EVERY == 0:
+            seq_ids = {candidate.sequence.seq_id for candidate in candidates}
+            for acceptance in self.acceptance.values():
+                acceptance.keep_only(seq_ids)
+        times_s = self.costs.step.times_s()
+        step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
+        if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
+            return step.drafts
+        for drafter in tuple(self._free):
+            indices = step.with_drafter("auto") + step.with_drafter(drafter.name)
+            depths = step.limits(indices, drafter.max_drafts)
+            self._ask(step, Ask(drafter.name, indices, depths))
+        if self.models.planners:
+            rate = max(self._speedup, 1.0) * step.plain_rate
+            asks, used_s = self.models.assign(step, rate, self._probe_credit_s)
+            self._probe_credit_s -= used_s
+            for ask in asks:
+                self._ask(step, ask)
+        return self._choose(step)
+
+    def observe(self, seq_id: int, num_verified: int, emitted_ids: Row[int]) -> int:
+        """Learn from what a step emitted for a sequence; return how many drafts were accepted.
+
+        num_verified drafted tokens of the returned draft were in the step. Drafts that were not
+        verified are judged as well, as far as the emitted tokens reach.
+        """
+        verified = self._verified.pop(seq_id, None)
+        num_accepted = 0
+        for draft in self._pending.pop(seq_id, ()):
+            num_matched = _num_matched(draft.token_ids, emitted_ids)
+            self.acceptance[draft.drafter].observe(seq_id, draft, num_matched, len(emitted_ids))
+            if draft is verified and num_verified:
+                num_accepted = min(num_matched, num_verified)
+                self.tally.count_draft(draft.drafter, num_verified, num_accepted)
+        self.tally.count_sequence(num_verified, len(emitted_ids))
+        return num_accepted
+
+    def observe_step(self, num_step_tokens: int, step_s: float) -> None:
+        """Learn from the time of a step, that of `draft` not included."""
+        self.costs.step.observe(num_step_tokens, step_s)
+        credit_s = self._probe_credit_s + PROBE_TIME_SHARE * step_s
+        self._probe_credit_s = min(credit_s, MAX_PROBE_CREDIT_S)
+
+    def _ask(self, step: StepDrafts, ask: Ask) -> None:
+        """Ask a drafter and put its drafts into the step, over those that are there."""
+        if not ask.indices:
+            return
+        drafter, acceptance = self.drafters[ask.name], self.acceptance[ask.name]
+        began_s = self._clock()
+        try:
+            drafts = drafter.propose([step.candidates[i].sequence for i in ask.indices], ask.depths)
+        except Exception as error:
+            log.exception("the drafter %s failed; it is not asked any more", ask.name)
+            self._disable(ask.name, f"it failed: {error!r}")
+            return
+        draft_s = self._clock() - began_s
+        step.sunk_s += draft_s
+        planner = self.models.planners.get(ask.name)
+        if planner is not None:
+            planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
+        if not any(draft.token_ids for draft in drafts):
+            return
+        seq_ids = [step.seq_ids[index] for index in ask.indices]
+        rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
+        survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
+        step.put(ask.indices, drafts, survivals, ask.verified)
+        for seq_id, draft in zip(seq_ids, drafts, strict=True):
+            if draft.token_ids:
+                self._pending.setdefault(seq_id, []).append(draft)
+        if planner is not None:
+            for draft, depth in zip(drafts, ask.depths, strict=True):
+                if depth == planner.max_drafts:
+                    planner.add_profile(draft)
+
+    def _disable(self, name: str, reason: str) -> None:
+        """Go on without a drafter: text never depends on one."""
+        self.unavailable[name] = reason
+        self._free = [drafter for drafter in self._free if drafter.name != name]
+        self.models.remove(name)
+        del self.drafters[name]
+
+    def _choose(self, step: StepDrafts) -> list[Draft]:
+        """Cut the step's drafts to what pays."""
+        emitted, num_tokens = float(len(step.candidates)), step.base_tokens
+        survivals = step.survivals if step.has_drafts else step.survivals[:, :0]
+        if step.forced:
+            forced = list(step.forced)
+            emitted += float(survivals[forced].sum())
+            num_tokens += sum(step.forced.values())
+            survivals = survivals.copy()
+            survivals[forced] = 0.0
+        choice = choose_counts(survivals, emitted, num_tokens, step.times_s, step.sunk_s)
+        counts = choice.counts
+        for index, count in step.forced.items():
+            counts[index] = count
+        self._num_resting = 0 if choice.num_verified else self._num_resting + 1
+        if not choice.num_verified:
+            self._probe_free(step, counts)
+        self._remember(step, choice)
+        for index, count in enumerate(counts):
+            draft = step.drafts[index]
+            if count:
+                self._verified[step.seq_ids[index]] = draft
+            step.drafts[index] = draft.truncated(count)
+        return step.drafts
+
+    def _is_resting(self, base_tokens: int) -> bool:
+        """Whether this step is not worth a look: under a load where drafts did not pay lately."""
+        if self._num_resting < REST_AFTER or base_tokens < REST_TOKENS:
+            return False
+        is_alike = abs(base_tokens - self.last_load[1]) <= REST_TOKENS // 2
+        return is_alike and self._num_calls % LOOK_EVERY != 0
+
+    def _probe_free(self, step: StepDrafts, counts: list[int]) -> None:
+        """Verify a draft that cost nothing now and then, where none promises to pay."""
+        index = step.open[self._num_calls % len(step.open)]
+        count = min(FREE_PROBE_DRAFTS, len(step.drafts[index].token_ids))
+        if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
+            return
+        cost_s = step.seconds(count) - step.seconds(0)
+        if cost_s <= self._probe_credit_s:
+            self._probe_credit_s -= cost_s
+            counts[index] = count
+
+    def _remember(self, step: StepDrafts, choice: Choice) -> None:
+        self.last_choice = choice
+        self.last_load = (len(step.candidates), step.base_tokens)
+        speedup = choice.expected_rate / step.plain_rate
+        self._speedup += (speedup - self._speedup) / SPEEDUP_MEMORY
+        self.tally.estimate(speedup)
+
+
+def _num_matched(drafted_ids: Row[int], emitted_ids: Row[int]) -> int:
+    count = 0
+    for drafted, emitted in zip(drafted_ids, emitted_ids, strict=False):
+        if drafted != emitted:
+            break
+        count += 1
+    return count

@@ -1,0 +1,187 @@
+"""Applying a setting: streams go on, a failure leaves the old state, a broken promise goes back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import ConfigError, EngineConfig
+from engine.deployment import Deployment, deploy
+from engine.planning import apply_run
+from engine.planning.apply_types import ApplyBusy, ApplyRequest
+from engine.planning.proposal import settings_of
+from tests.engine.planning.conftest import Bench, slowed
+
+MakeBench = Callable[..., Bench]
+
+
+def _assert_complete(bench: Bench, counts: dict[int, int]) -> None:
+    bench.wait_for(lambda: all(seq_id in bench.reasons for seq_id in counts))
+    for seq_id, count in counts.items():
+        assert (len(bench.tokens[seq_id]), bench.reasons[seq_id]) == (count, "length")
+
+
+def _occupy(bench: Bench, count: int = 4, max_tokens: int = 400) -> dict[int, int]:
+    for seq_id in range(1, count + 1):
+        bench.submit(seq_id, max_tokens)
+    bench.wait_for(lambda: len(bench.tokens) == count)
+    return dict.fromkeys(range(1, count + 1), max_tokens)
+
+
+def test_streams_go_on_through_levels_and_cache_dtypes(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    counts = _occupy(bench)
+    for setting in (
+        {"quantization": "int8", "kv_dtype": "int8"},
+        {"quantization": "none", "kv_memory": "2MiB"},
+        {"max_sequences": 2},
+    ):
+        status = bench.apply(**setting)
+        assert (status.state, status.mode) == ("done", "beside"), status.detail
+        receipt = status.receipt
+        assert receipt is not None
+        assert receipt.memory is not None
+        assert receipt.memory.predicted == receipt.memory.measured
+    _assert_complete(bench, counts)
+    config = bench.applier.deployment.config
+    assert settings_of(config) == {
+        "quantization": "none",
+        "kv_dtype": "int8",
+        "kv_memory": config.kv_memory_bytes,
+        "max_model_len": 512,
+        "max_sequences": 2,
+    }
+    assert bench.applier.deployment.loaded.core.kv_dtype == "int8"
+
+
+def test_receipts_are_kept_as_json_lines(make_bench: MakeBench, tmp_path: Path) -> None:
+    bench = make_bench()
+    bench.apply(quantization="int4")
+    (line,) = (tmp_path / "receipts.jsonl").read_text().splitlines()
+    receipt = json.loads(line)
+    assert receipt["outcome"] == "kept"
+    assert receipt["after"]["quantization"] == "int4"
+    assert receipt["speed"]["measured"] > 0
+    assert receipt["speed"]["num_steps"] >= 24, "an idle engine must be probed"
+
+
+def _fail(*_: Any, **__: Any) -> Deployment:
+    raise ConfigError("planted: the file is gone")
+
+
+@pytest.mark.parametrize("fault", ["build", "self-check", "first step"])
+def test_whatever_fails_the_old_state_serves_on(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def broken(*args: Any, **options: Any) -> Deployment:
+        made = slowed(deploy(*args, **options), 0.0)
+        if fault == "first step":
+            calls = [0]
+            step = made.loaded.core.step
+
+            def failing(*sizes: int) -> None:
+                calls[0] += 1
+                if calls[0] > 30:  # after the self-check
+                    raise RuntimeError("planted: the kernel broke")
+                step(*sizes)
+
+            made.loaded.core.step = failing  # type: ignore[method-assign]
+        return made
+
+    bench = make_bench(build=_fail if fault == "build" else broken)
+    if fault == "self-check":
+        monkeypatch.setattr(apply_run, "self_check", lambda *args: "its logits are not finite")
+    counts = _occupy(bench)
+    before = bench.applier.deployment
+    status = bench.apply(quantization="int8")
+    assert status.state == "failed"
+    assert status.receipt is not None
+    assert ("planted" in status.detail) != (fault == "self-check")
+    assert bench.applier.deployment is before
+    assert bench.announced[-1:] in ([], [512])
+    _assert_complete(bench, counts)
+
+
+def test_a_slow_kernel_is_rolled_back(make_bench: MakeBench) -> None:
+    def slow(*args: Any, **options: Any) -> Deployment:
+        return slowed(deploy(*args, **options), 0.03)
+
+    bench = make_bench(build=slow)
+    counts = _occupy(bench, count=2, max_tokens=450)
+    before = bench.applier.deployment
+    status = bench.apply(measure=True, quantization="int8", auto_rollback=True)
+    assert status.state == "rolled_back", status.detail
+    receipt = status.receipt
+    assert receipt is not None
+    assert receipt.speed is not None
+    assert receipt.speed.predicted is not None
+    assert receipt.speed.measured is not None
+    assert receipt.speed.measured < receipt.speed.predicted.low
+    assert bench.applier.deployment is before
+    _assert_complete(bench, counts)
+
+
+def test_a_slow_kernel_stays_where_nobody_asked_to_roll_back(make_bench: MakeBench) -> None:
+    def slow(*args: Any, **options: Any) -> Deployment:
+        return slowed(deploy(*args, **options), 0.03)
+
+    bench = make_bench(build=slow)
+    status = bench.apply(measure=True, quantization="int8")
+    assert status.state == "done"
+    assert status.detail == "measured speed is below the promise"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_room_for_both_the_old_state_goes_first(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def build(config: EngineConfig, **options: Any) -> Deployment:
+        if fails and config.quantization == "int8":
+            raise ConfigError("planted: no memory after all")
+        return deploy(config, **options)
+
+    monkeypatch.setattr(apply_run, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(apply_run, "_DRAIN_S", 0.0)
+    bench = make_bench(build=build)
+    counts = _occupy(bench)
+    status = bench.apply(quantization="int8")
+    assert status.mode == "drain"
+    assert status.state == ("failed" if fails else "done")
+    quantization = bench.applier.deployment.config.quantization
+    assert quantization == ("auto" if fails else "int8")
+    _assert_complete(bench, counts)
+
+
+def test_only_one_apply_at_a_time(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    first = bench.applier.start(ApplyRequest(quantization="int8"), measure=False)
+    with pytest.raises(ApplyBusy):
+        bench.applier.start(ApplyRequest(quantization="int4"), measure=False)
+    bench.applier.wait(60)
+    ended = bench.applier.status(first.id)
+    assert ended is not None
+    assert ended.state == "done"
+
+
+def test_what_cannot_work_is_refused_at_once(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    for setting, message in (
+        ({"quantization": "int3"}, "choose auto"),
+        ({"max_model_len": 100_000}, "made for 512"),
+        ({"max_sequences": 4000}, "--max-step-tokens"),
+        ({"kv_memory": 1 << 49}, r"more than the .* there are: .*KV int8"),
+        ({"kv_memory": 1}, "needs --kv-memory"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            bench.applier.start(ApplyRequest(**setting), measure=False)  # type: ignore[arg-type]
+    assert bench.applier.latest() is None
+
+
+def test_a_shorter_length_is_announced_before_the_switch(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    assert bench.apply(max_model_len=128).state == "done"
+    assert bench.announced == [128, 128]
+    assert bench.apply(max_model_len=256).state == "done"
+    assert bench.announced[2:] == [128, 256]

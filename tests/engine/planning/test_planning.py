@@ -1,0 +1,203 @@
+"""Proposals, previews, qualification, calibration and quality of a tiny model."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine.config import ConfigError, EngineConfig
+from engine.loader import load_model, read_headers
+from engine.planning.calibration import Calibration, Timing, calibrate
+from engine.planning.core_probe import self_check
+from engine.planning.cost_model import CostModel
+from engine.planning.preview import Planner
+from engine.planning.proposal import Proposal, parse_size
+from engine.planning.qualification import qualify
+from engine.planning.quality import compare, measure, quality_of
+
+
+@pytest.fixture
+def planner(config: EngineConfig) -> Planner:
+    return Planner(read_headers(config))
+
+
+def test_a_proposal_changes_what_it_names_and_nothing_else(config: EngineConfig) -> None:
+    changed = Proposal(kv_memory="2MiB", quantization="int4").changed(config)
+    assert changed == msgspec.structs.replace(config, kv_memory_bytes=2 << 20, quantization="int4")
+    assert Proposal().changed(config) == config
+    with pytest.raises(ConfigError, match="choose auto"):
+        Proposal(kv_dtype="fp8").changed(config)
+    with pytest.raises(ConfigError, match="is no size"):
+        Proposal(kv_memory="much").changed(config)
+    with pytest.raises(ConfigError, match="concurrency"):
+        Proposal(concurrency=0)
+    assert (parse_size("1.5kb"), parse_size("2GiB"), parse_size("7")) == (1500, 2 << 30, 7)
+
+
+def test_what_is_short_comes_with_what_would_free_it(
+    planner: Planner, config: EngineConfig
+) -> None:
+    preview = planner.preview(
+        config, Proposal(kv_memory=100 << 20), available_bytes=90 << 20, measure=False
+    )
+    memory = preview.memory
+    assert not memory.fits
+    assert memory.short_bytes == memory.total_bytes - (90 << 20)
+    for remedy in memory.remedies:
+        healed = planner.preview(
+            config,
+            Proposal(**{"kv_memory": 100 << 20, **remedy.setting}),
+            available_bytes=90 << 20,
+            measure=False,
+        )
+        freed = memory.total_bytes - healed.memory.total_bytes
+        assert freed == pytest.approx(remedy.frees_bytes, rel=0.02, abs=1 << 15), remedy.text
+    assert any("KV int8" in remedy.text for remedy in memory.remedies)
+    assert planner.preview(config, Proposal(), available_bytes=200 << 20, measure=False).memory.fits
+
+
+def test_levels_stand_side_by_side(planner: Planner, config: EngineConfig) -> None:
+    fp16, int8, int4 = planner.levels(config)
+    assert fp16.memory["weights"] > int8.memory["weights"] > int4.memory["weights"]
+    assert fp16.memory["kv"] == int4.memory["kv"]
+    assert fp16.total_bytes == sum(fp16.memory.values())
+
+
+def test_routes_are_what_blocks_and_lanes_hold(planner: Planner, config: EngineConfig) -> None:
+    preview = planner.preview(
+        config,
+        Proposal(kv_memory=1 << 20, prompt_tokens=200, output_tokens=200, max_sequences=100),
+        available_bytes=1 << 40,
+        measure=False,
+    )
+    assert preview.routes.limited_by == "kv"
+    assert preview.routes.count == preview.kv_tokens // 400
+    few = planner.preview(
+        config,
+        Proposal(prompt_tokens=8, output_tokens=8),
+        available_bytes=1 << 40,
+        measure=False,
+    )
+    assert (few.routes.count, few.routes.limited_by) == (8, "max_sequences")
+
+
+def test_each_technique_has_evidence_or_says_what_it_needs(
+    planner: Planner, config: EngineConfig
+) -> None:
+    rows = {row.name: row for row in qualify(planner.headers, config, "int8")}
+    assert all(row.evidence for row in rows.values())
+    assert all(row.needs for row in rows.values() if not row.qualified)
+    assert [n for n, row in rows.items() if row.enabled and row.kind == "weights"] == [
+        "weights auto"
+    ]
+    assert rows["KV int8"].enabled
+    assert not rows["KV bf16"].enabled
+    assert "no multi-token prediction module" in rows["speculation mtp"].evidence
+
+
+def test_a_calibration_is_made_once_and_predicts_its_own_steps(
+    planner: Planner, config: EngineConfig
+) -> None:
+    plan = planner.plan(config)
+    assert planner.calibration(plan, measure=False) is None
+    first = planner.calibration(plan, measure=True)
+    assert first is not None
+    assert first.seconds < 20
+    assert {1, 8} <= set(first.decode)
+    assert planner.calibration(plan, measure=True) == first, "measured again"
+    other = planner.plan(msgspec.structs.replace(config, kv_dtype="int8"))
+    assert planner.calibration(other, measure=False) is None, "kept under another setting's name"
+    model = CostModel(first)
+    assert model.decode_step_s(1, 4) == pytest.approx(first.decode[1].seconds)
+    speed = planner.preview(config, Proposal(), available_bytes=1 << 40, measure=False).speed
+    assert speed is not None
+    for interval in (speed.decode_tokens_per_s, speed.total_tokens_per_s, speed.ttft_ms):
+        assert 0.79 * interval.value < interval.low < interval.value < interval.high
+        assert interval.high < 1.21 * interval.value
+
+
+def test_the_cost_model_interpolates_and_adds_context() -> None:
+    timings = {1: Timing(0.010, 0.0), 8: Timing(0.024, 0.0)}
+    model = CostModel(
+        Calibration(
+            decode=timings,
+            prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
+            context_s_per_token=1e-6,
+            prefill_context_s=1e-9,
+            load_average=0.0,
+            seconds=1.0,
+        )
+    )
+    assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
+    assert model.decode_step_s(16, 0) == pytest.approx(0.040)
+    assert model.decode_step_s(1, 1004) == pytest.approx(0.011)
+    assert model.prefill_s(128) == pytest.approx(0.1)
+    assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
+    assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1
+
+
+def test_quality_is_measured_against_bf16_or_said_to_be_unknown(
+    planner: Planner, config: EngineConfig, tmp_path: Path
+) -> None:
+    reference = load_model(msgspec.structs.replace(config, quantization="none", kv_dtype="bf16"))
+    same = compare(reference, load_model(msgspec.structs.replace(config, quantization="none")))
+    assert (same.kl_divergence, same.top1_agreement) == (0.0, 1.0)
+    int4 = msgspec.structs.replace(config, quantization="int4", kv_dtype="bf16")
+    plan = planner.plan(int4)
+    assert planner.quality(int4, plan).basis == "unknown"
+    key = planner.quality_key(plan)
+    measured = measure(int4, key.path)
+    assert measured.kl_divergence is not None
+    assert measured.kl_divergence > 1e-4
+    assert planner.quality(int4, plan) == measured
+    both = msgspec.structs.replace(int4, kv_dtype="int8")
+    assert planner.quality(both, planner.plan(both)).basis == "unknown"
+    cache = msgspec.structs.replace(config, quantization="none", kv_dtype="int8")
+    cache_quality = measure(cache, planner.quality_key(planner.plan(cache)).path)
+    estimated = planner.quality(both, planner.plan(both))
+    assert estimated.basis == "estimated"
+    assert estimated.kl_divergence == pytest.approx(
+        measured.kl_divergence + (cache_quality.kl_divergence or 0.0)
+    )
+    assert quality_of(key, "other").basis == "measured"
+
+
+def test_a_core_checks_itself(config: EngineConfig) -> None:
+    loaded = load_model(config)
+    assert self_check(loaded.core, loaded.spec.vocab_size) is None
+
+    class Forgetful:
+        """Loses what it wrote into the first block."""
+
+        block_size = loaded.core.block_size
+
+        def bind(self, **buffers: object) -> None:
+            self.buffers = buffers
+            loaded.core.bind(**buffers)  # type: ignore[arg-type]
+
+        def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+            if num_tokens == 1:
+                self.buffers["token_ids"][0] = 3  # type: ignore[index]
+            loaded.core.step(num_tokens, num_sequences, num_rows)
+
+    fault = self_check(Forgetful(), loaded.spec.vocab_size)
+    assert fault is not None
+    assert "differs" in fault
+
+
+def test_the_calibration_does_not_read_the_weights(
+    planner: Planner, config: EngineConfig, tiny: Path, tmp_path: Path
+) -> None:
+    """A file whose weights are holes calibrates like any other."""
+    holes = tmp_path / "holes"
+    holes.mkdir()
+    for file in tiny.iterdir():
+        content = file.read_bytes()
+        if file.suffix == ".safetensors":
+            size = 8 + int.from_bytes(content[:8], "little")
+            content = content[:size] + bytes(len(content) - size)
+        (holes / file.name).write_bytes(content)
+    hollow = Planner(read_headers(msgspec.structs.replace(config, model=str(holes))))
+    headers = hollow.headers
+    result = calibrate(headers.checkpoint.spec, hollow.plan(config), headers.isa, 1, keep=False)
+    assert result.decode[1].seconds > 0
