@@ -233,11 +233,11 @@ def fuzz(duration_s: float) -> Check:
     with Server([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
         port = int(server.url.rpartition(":")[2])
         # First a little of both: what the process needs for them once is no growth.
-        generated_requests(server.url, MODEL, min(15.0, duration_s / 4))
+        generated_requests(server.url, min(15.0, duration_s / 4))
         uvloop.run(random_bytes(port, MODEL, 3.0))
         before = server.rss_bytes
         results: list[FuzzResult] = [
-            generated_requests(server.url, MODEL, duration_s),
+            generated_requests(server.url, duration_s),
             uvloop.run(random_bytes(port, MODEL, duration_s)),
         ]
         growth = server.rss_bytes - before

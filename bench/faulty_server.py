@@ -14,7 +14,7 @@ import msgspec
 
 import server.__main__ as program
 from engine.config import EngineConfig
-from engine.loader import LoadedModel, load_model
+from engine.deployment import deploy as real_deploy
 
 
 class FaultyCore:
@@ -35,12 +35,13 @@ class FaultyCore:
         self._core.step(*sizes)
 
 
-def load(config: EngineConfig) -> LoadedModel:
-    loaded = load_model(config)
-    core: Any = FaultyCore(loaded.core, Path(os.environ["FULCRUM_BENCH_FAULT"]))
-    return msgspec.structs.replace(loaded, core=core)
+def deploy(config: EngineConfig) -> Any:
+    deployment = real_deploy(config)
+    core = FaultyCore(deployment.loaded.core, Path(os.environ["FULCRUM_BENCH_FAULT"]))
+    deployment.loaded = msgspec.structs.replace(deployment.loaded, core=core)
+    return deployment
 
 
 if __name__ == "__main__":
-    program.load_model = load  # type: ignore[attr-defined]
+    program.deploy = deploy  # type: ignore[attr-defined]
     sys.exit(program.main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Random bytes and generated requests against a server's HTTP surface; used by bench.faults.
 
-Requests come from schemathesis, over an OpenAPI description made from the server's own structs.
+Requests come from schemathesis, over the server's own OpenAPI document.
 """
 
 import asyncio
@@ -14,20 +14,8 @@ import msgspec
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
-
-_POSTS: dict[str, type[msgspec.Struct]] = {
-    "/v1/chat/completions": ChatCompletionRequest,
-    "/v1/completions": CompletionRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
-_GETS = ("/v1/models", "/v1/models/{model}", "/v1/telemetry", "/health", "/metrics", "/version")
+# What changes the server itself has a bench of its own.
+_LEFT_OUT = "/v1/optimizations"
 _BATCH = 40
 _ANSWER_S = 20.0  # a connection without an answer for so long hangs
 
@@ -37,39 +25,24 @@ class FuzzResult(msgspec.Struct):
     failures: list[str]
 
 
-def openapi(model: str) -> dict[str, Any]:
-    """The endpoints as OpenAPI 3.1; generations are kept short, so that many fit the time."""
-    types = list(_POSTS.values())
-    schemas, components = msgspec.json.schema_components(
-        types, ref_template="#/components/schemas/{name}"
-    )
+def description(url: str) -> dict[str, Any]:
+    """The server's own OpenAPI document; generations are kept short, so that many fit the time."""
+    document: dict[str, Any] = httpx.get(f"{url}/openapi.json").json()
+    for path in list(document["paths"]):
+        if path.startswith(_LEFT_OUT):
+            del document["paths"][path]
     for name in ("ChatCompletionRequest", "CompletionRequest"):
-        properties = components[name]["properties"]
-        properties["model"] = {"enum": [model]}
+        properties = document["components"]["schemas"][name]["properties"]
         for field in ("max_tokens", "max_completion_tokens", "n"):
             if field in properties:
                 properties[field] = {"type": "integer", "minimum": -1, "maximum": 4}
-    responses = {"default": {"description": "any"}}
-    paths: dict[str, Any] = {}
-    for path, schema in zip(_POSTS, schemas, strict=True):
-        body = {"content": {"application/json": {"schema": schema}}, "required": True}
-        paths[path] = {"post": {"requestBody": body, "responses": responses}}
-    for path in _GETS:
-        paths[path] = {"get": {"responses": responses}}
-    name_parameter = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    paths["/v1/models/{model}"]["get"]["parameters"] = [name_parameter]
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Fulcrum", "version": "1"},
-        "paths": paths,
-        "components": {"schemas": components},
-    }
+    return document
 
 
-def generated_requests(url: str, model: str, duration_s: float) -> FuzzResult:
+def generated_requests(url: str, duration_s: float) -> FuzzResult:
     """Send what schemathesis makes of the description; note 5xx, hangs and bare errors."""
     result = FuzzResult(Counter(), [])
-    schema = schemathesis.openapi.from_dict(openapi(model))
+    schema = schemathesis.openapi.from_dict(description(url))
     operations = [operation.ok() for operation in schema.get_all_operations()]
     end_s = time.monotonic() + duration_s
     with httpx.Client(base_url=url, timeout=_ANSWER_S) as client:

@@ -226,11 +226,15 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
     optimizer = app[OPTIMIZER]
 
     def adopt(deployment: Deployment, max_model_len: int) -> None:
-        model, client = app[MODEL], app[CLIENT]
+        model, gate = app[MODEL], app[CLIENT].gate
         model.max_model_len = max_model_len
         model.fingerprint = deployment.loaded.fingerprint
-        client.limits = msgspec.structs.replace(
-            client.limits, max_sequences=deployment.config.max_sequences
+        gate.limits = msgspec.structs.replace(
+            gate.limits,
+            max_sequences=deployment.config.max_sequences,
+            max_step_tokens=deployment.config.max_step_tokens,
+            num_blocks=deployment.loaded.num_kv_blocks,
+            block_size=deployment.loaded.core.block_size,
         )
 
     def on_change(deployment: Deployment, max_model_len: int) -> None:
