@@ -38,8 +38,8 @@ class FaultyCore:
 def deploy(config: EngineConfig) -> Any:
     deployment = real_deploy(config)
     core = FaultyCore(deployment.loaded.core, Path(os.environ["FULCRUM_BENCH_FAULT"]))
-    deployment.loaded = msgspec.structs.replace(deployment.loaded, core=core)
-    return deployment
+    loaded = msgspec.structs.replace(deployment.loaded, core=core)
+    return msgspec.structs.replace(deployment, loaded=loaded)
 
 
 if __name__ == "__main__":

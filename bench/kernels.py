@@ -90,8 +90,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--formats",
         type=_list_of(_one_of(roofline.FORMATS)),
-        default=list(roofline.FORMATS),
-        help="default: all",
+        default=list(roofline.USUAL_FORMATS),
+        help=f"of {', '.join(roofline.FORMATS)} (default {','.join(roofline.USUAL_FORMATS)})",
     )
     add(
         "--rows",

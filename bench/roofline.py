@@ -16,9 +16,23 @@ import msgspec
 
 from bench.shapes import Layer
 
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = (
+    "bf16",
+    "fp8",
+    "int8",
+    "int8-channel",
+    "int4",
+    "int4-g64",
+    "int4-g128",
+    "int4-sym",
+    "int4-sym-g64",
+    "int4-sym-g128",
+)
+USUAL_FORMATS = ("bf16", "int8", "int4")
 PEAKS = ("float32", "int8", "int4")
-_FORMAT_PEAK = {"bf16": "float32", "int8": "int8", "int4": "int4"}
+_FORMAT_PEAK = {
+    name: "float32" if name in ("bf16", "fp8") else name.split("-")[0] for name in FORMATS
+}
 
 _MIB = 1 << 20
 SMALL_SET_BYTES = 96 * _MIB  # about the weights of a small model in int4

@@ -237,9 +237,10 @@ class LinearBench {
     std::vector<float> values(size_t(unit) * K), scales(size_t(unit) * num_groups(K), 0x1p-7f),
         minima(scales.size(), -0x1p-4f);
     std::vector<uint8_t> quants(size_t(unit) * padded_k(K));
-    const int quant_bits = matrix_.format == Format::kInt4 ? 4 : 8;
+    const int quant_bits = format_info(matrix_.format).quant_bits;
     for (float& value : values) value = noise.symmetric();
-    for (uint8_t& quant : quants) quant = static_cast<uint8_t>(noise.bits() >> (32 - quant_bits));
+    for (uint8_t& quant : quants)
+      quant = static_cast<uint8_t>(noise.bits() >> 24 >> (8 - quant_bits));
     for (int row = 0; row < N; row += unit) {
       kernels_->pack(matrix_.format, N, K, row, std::min(row + unit, N), values.data(),
                      quants.data(), scales.data(), minima.data(), memory_.data());

@@ -151,10 +151,12 @@ void decode_blocks(BlockType type, const uint8_t* data, int64_t num_values, floa
 }  // namespace
 
 Format parse_format(const std::string& name) {
-  if (name == "bf16") return Format::kBf16;
-  if (name == "int8") return Format::kInt8;
-  if (name == "int4") return Format::kInt4;
-  throw std::invalid_argument("unknown format " + name + ": choose bf16, int8 or int4");
+  std::string known;
+  for (const FormatInfo& info : kFormats) {
+    if (name == info.name) return info.format;
+    known.append(known.empty() ? "" : ", ").append(info.name);
+  }
+  throw std::invalid_argument("unknown format " + name + ": choose from " + known);
 }
 
 bool parse_block_type(const char* name, BlockType* type) {

@@ -129,7 +129,7 @@ class Model:
     ) -> None:
         """Decode, requantize if needed and pack one matrix (num_rows, num_cols), row-major.
         Slots: embedding, output (absent: the embedding is the head); per layer q, k, v,
-        attention_output, gate, up, down. format is "bf16", "int8" or "int4". A positive
+        attention_output, gate, up, down. format: a name of cpp/formats/formats.h. A positive
         interleaved_rope_heads undoes the row order that llama.cpp's converter gives q and k of
         the llama architecture, so that halves rotate together."""
 

@@ -9,9 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace fulcrum {
+#include "formats/formats.h"
 
-enum class Format : uint8_t { kBf16, kInt8, kInt4 };
+namespace fulcrum {
 
 constexpr int kGroupSize = 32;  // values of K that share a scale, in weights and activations
 
@@ -54,10 +54,11 @@ struct LinearKernels {
 
   // Packs rows [row_begin, row_end) of the matrix into `out` (packed_bytes(format, N, K) bytes).
   // row_begin is a multiple of tile_channels, so that threads can pack disjoint tiles.
-  // kBf16: `values` are float rows. kInt8 / kInt4: `quants` holds one value a byte (int8: -127…127
-  // signed, symmetric; int4: 0…15), `scales` and `minima` one float a group (int8: minima unused);
-  // w = scale * q (int8) or scale * q + minimum (int4). Pointers are to row `row_begin`, rows are
-  // padded_k(K) (quants), K (values) and num_groups(K) (scales, minima) long.
+  // kBf16: `values` are float rows. Else `quants` holds one value a byte (int8: signed; int4: 0…15;
+  // fp8: e4m3), `scales` and `minima` one float for every group that shares them, a whole channel
+  // included; w = scale * q, int4: scale * q + minimum, or scale * (q - 8) where it is symmetric.
+  // Pointers are to row `row_begin`, rows are padded_k(K) (quants), K (values) and num_groups(K)
+  // (scales, minima) long.
   void (*pack)(Format format, int N, int K, int row_begin, int row_end, const float* values,
                const uint8_t* quants, const float* scales, const float* minima, uint8_t* out);
 

@@ -9,7 +9,7 @@
 namespace fulcrum {
 namespace {
 
-bool needs_integers(const Matrix& w) { return w.packed.format != Format::kBf16; }
+bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
   return {values, ld, operand.quantized, operand.widened, operand.scales, operand.sums};

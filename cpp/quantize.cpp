@@ -5,14 +5,17 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <utility>
 
 #include "formats/float16.h"
+#include "formats/fp8.h"
+#include "formats/int4.h"
+#include "quantize_int4.h"
 
 namespace fulcrum {
 namespace {
 
 constexpr float kMaxHalf = 65504.0f;
+constexpr float kSmallestMax = 1e-30f;  // its inverse stays finite; smaller channels become zero
 
 float load_half(const uint8_t* data) {
   uint16_t half;
@@ -65,9 +68,11 @@ void copy_q4_k(const uint8_t* row, int groups, uint8_t* quants, float* scales, f
   }
 }
 
-// int4 groups with the quants of the block. False for a block type that has none.
-bool copy_to_int4(BlockType type, const uint8_t* row, int groups, uint8_t* quants, float* scales,
-                  float* minima) {
+// int4 groups with the quants of the block. False for a format or block type that has none.
+bool copy_to_int4(Format format, BlockType type, const uint8_t* row, int groups, uint8_t* quants,
+                  float* scales, float* minima) {
+  const bool is_symmetric = format == Format::kInt4Symmetric;
+  if (format != Format::kInt4 && !(is_symmetric && type == BlockType::kQ4_0)) return false;
   if (type == BlockType::kQ4_K) {
     copy_q4_k(row, groups, quants, scales, minima);
     return true;
@@ -78,10 +83,16 @@ bool copy_to_int4(BlockType type, const uint8_t* row, int groups, uint8_t* quant
     scales[g] = load_half(row);
     minima[g] = has_minimum ? load_half(row + 2) : -8.0f * scales[g];
     // Beyond fp16: only a scale over 8188, which no weight matrix has.
-    if (std::fabs(minima[g]) > kMaxHalf) return false;
+    if (!is_symmetric && std::fabs(minima[g]) > kMaxHalf) return false;
     unpack_block(row + (has_minimum ? 4 : 2), 0, 0, quants);
   }
   return true;
+}
+
+uint8_t round_to_int8(float value) {
+  // Shifted to positive numbers, so that truncation rounds to nearest.
+  const float shifted = std::min(std::max(value, -127.0f), 127.0f) + 128.5f;
+  return static_cast<uint8_t>(static_cast<int>(shifted) - 128);
 }
 
 void quantize_group_int8(const float* values, uint8_t* quants, float* scale) {
@@ -93,100 +104,21 @@ void quantize_group_int8(const float* values, uint8_t* quants, float* scale) {
   *scale = half_to_float(half);
   const float inverse = *scale > 0.0f ? 1.0f / *scale : 0.0f;
   for (int i = 0; i < kGroupSize; ++i) {
-    // Shifted to positive numbers, so that truncation rounds to nearest.
-    const float shifted = std::min(std::max(values[i] * inverse, -127.0f), 127.0f) + 128.5f;
-    quants[i] = static_cast<uint8_t>(static_cast<int>(shifted) - 128);
+    quants[i] = round_to_int8(values[i] * inverse);
   }
 }
 
-// Four floats: vectors of the compiler, so that the search is fast without an instruction set.
-typedef float Float4 __attribute__((vector_size(16)));
-typedef int32_t Int4 __attribute__((vector_size(16)));
-
-constexpr int kVectors = kGroupSize / 4;
-constexpr int kMaxRefits = 4;
-
-float sum_lanes(Float4 v) { return v[0] + v[1] + (v[2] + v[3]); }
-
-Float4 splat(float value) { return Float4{value, value, value, value}; }
-
-struct Candidate {
-  float scale;
-  float minimum;
-  float error;              // sum of squared differences
-  Float4 quants[kVectors];  // whole numbers 0…15
-};
-
-// Rounds scale and minimum to fp16, then the values to the grid that these give.
-void evaluate(const Float4* values, float scale, float minimum, Candidate* out) {
-  out->scale = round_to_half(scale);
-  out->minimum = round_to_half(minimum);
-  const Float4 step = splat(out->scale), low = splat(out->minimum);
-  const Float4 inverse = splat(out->scale > 0.0f ? 1.0f / out->scale : 0.0f);
-  const Float4 half = splat(0.5f), zero = splat(0.0f), top = splat(15.0f);
-  Float4 error = zero;
-  for (int i = 0; i < kVectors; ++i) {
-    Float4 level = (values[i] - low) * inverse + half;
-    level = level > zero ? level : zero;
-    level = level < top ? level : top;
-    const Float4 quant = __builtin_convertvector(__builtin_convertvector(level, Int4), Float4);
-    const Float4 difference = step * quant + low - values[i];
-    error += difference * difference;
-    out->quants[i] = quant;
+void quantize_channel(Format format, const float* values, int K, uint8_t* quants, float* scale) {
+  float max = 0.0f;
+  for (int k = 0; k < K; ++k) max = std::max(max, std::fabs(values[k]));
+  const bool is_zero = max < kSmallestMax;
+  const float top = format == Format::kFp8 ? kFp8Max : 127.0f;
+  *scale = is_zero ? 0.0f : max / top;
+  const float inverse = is_zero ? 0.0f : top / max;
+  for (int k = 0; k < K; ++k) {
+    const float value = values[k] * inverse;
+    quants[k] = format == Format::kFp8 ? float_to_e4m3(value) : round_to_int8(value);
   }
-  out->error = sum_lanes(error);
-}
-
-// The line through (quant, value) with the least squared error. False where it does not rise.
-bool fit_line(const Float4* values, const Float4* quants, float* scale, float* minimum) {
-  Float4 sums[4] = {};
-  for (int i = 0; i < kVectors; ++i) {
-    sums[0] += quants[i];
-    sums[1] += quants[i] * quants[i];
-    sums[2] += values[i];
-    sums[3] += quants[i] * values[i];
-  }
-  const float sum_q = sum_lanes(sums[0]), sum_qq = sum_lanes(sums[1]);
-  const float sum_v = sum_lanes(sums[2]), sum_qv = sum_lanes(sums[3]);
-  const float determinant = kGroupSize * sum_qq - sum_q * sum_q;
-  if (determinant <= 0.0f) return false;
-  *scale = (kGroupSize * sum_qv - sum_q * sum_v) / determinant;
-  *minimum = (sum_v - *scale * sum_q) / kGroupSize;
-  return *scale > 0.0f;
-}
-
-// Tries ranges narrower than that of the values, which trade a larger error at the ends for a finer
-// step, then refits the best to its quants as long as that helps (Lloyd's iteration). The full
-// range is the first candidate: never worse than plain rounding.
-void quantize_group_int4(const float* group, uint8_t* quants, float* scale, float* minimum) {
-  Float4 values[kVectors];
-  std::memcpy(values, group, sizeof(values));
-  Float4 lows = values[0], highs = values[0];
-  for (int i = 1; i < kVectors; ++i) {
-    lows = values[i] < lows ? values[i] : lows;
-    highs = values[i] > highs ? values[i] : highs;
-  }
-  const float low = std::min(std::min(lows[0], lows[1]), std::min(lows[2], lows[3]));
-  const float high = std::max(std::max(highs[0], highs[1]), std::max(highs[2], highs[3]));
-  const float center = low / 2 + high / 2, range = high / 15 - low / 15;
-  Candidate candidates[2];
-  Candidate *best = &candidates[0], *other = &candidates[1];
-  evaluate(values, range, low, best);
-  for (const float width : {0.92f, 0.84f, 0.76f}) {
-    const float step = range * width;
-    evaluate(values, step, center - 7.5f * step, other);
-    if (other->error < best->error) std::swap(best, other);
-  }
-  for (int refit = 0; refit < kMaxRefits; ++refit) {
-    float fitted_scale, fitted_minimum;
-    if (!fit_line(values, best->quants, &fitted_scale, &fitted_minimum)) break;
-    evaluate(values, fitted_scale, fitted_minimum, other);
-    if (!(other->error < best->error)) break;
-    std::swap(best, other);
-  }
-  for (int i = 0; i < kGroupSize; ++i) quants[i] = static_cast<uint8_t>(best->quants[i / 4][i % 4]);
-  *scale = best->scale;
-  *minimum = best->minimum;
 }
 
 }  // namespace
@@ -194,25 +126,32 @@ void quantize_group_int4(const float* group, uint8_t* quants, float* scale, floa
 void quantize_row(Format format, BlockType type, const uint8_t* row, int K, float* scratch,
                   float* values, uint8_t* quants, float* scales, float* minima) {
   if (format == Format::kBf16) return dequantize(type, row, K, values);
+  std::fill(quants + K, quants + padded_k(K), uint8_t{0});
   const int groups = num_groups(K);
   if (format == Format::kInt8 && copy_to_int8(type, row, groups, quants, scales)) return;
-  if (format == Format::kInt4 && copy_to_int4(type, row, groups, quants, scales, minima)) return;
+  if (copy_to_int4(format, type, row, groups, quants, scales, minima)) return;
   dequantize(type, row, K, scratch);
-  for (int g = 0; g < groups; ++g) {
-    const float* group = scratch + g * kGroupSize;
-    uint8_t* group_quants = quants + g * kGroupSize;
-    const int count = std::min(kGroupSize, K - g * kGroupSize);
-    float padded[kGroupSize];
-    if (count < kGroupSize) {  // the last value repeated: leaves the range of the group as it is
-      std::fill(std::copy_n(group, count, padded), padded + kGroupSize, group[count - 1]);
-      group = padded;
-    }
+  if (format == Format::kFp8 || format == Format::kInt8Channel) {
+    return quantize_channel(format, scratch, K, quants, scales);
+  }
+  const int size =
+      format == Format::kInt8
+          ? kGroupSize
+          : with_int4(format, []<int kGroups, bool>() { return kGroups * kGroupSize; });
+  const bool is_symmetric = format != Format::kInt8 &&
+                            with_int4(format, []<int, bool kHasMinimum>() { return !kHasMinimum; });
+  for (int k = 0, i = 0; k < K; k += size, ++i) {
+    const int count = std::min(size, K - k);
+    float padded[kMaxInt4Group];
+    // The last value repeated: leaves the range of the group as it is.
+    std::fill(std::copy_n(scratch + k, count, padded), padded + size, scratch[k + count - 1]);
+    uint8_t group[kMaxInt4Group];
     if (format == Format::kInt8) {
-      quantize_group_int8(group, group_quants, scales + g);
+      quantize_group_int8(padded, group, scales + i);
     } else {
-      quantize_group_int4(group, group_quants, scales + g, minima + g);
+      quantize_group_int4(padded, size, is_symmetric, group, scales + i, minima + i);
     }
-    std::fill(group_quants + count, group_quants + kGroupSize, uint8_t{0});
+    std::copy_n(group, count, quants + k);
   }
 }
 

@@ -25,7 +25,7 @@ enum class BlockType : uint8_t {
   kQ6_K
 };
 
-// The format of a name: "bf16", "int8" or "int4". Throws std::invalid_argument for another.
+// The format of a name (formats/formats.h). Throws std::invalid_argument for another.
 Format parse_format(const std::string& name);
 
 // Returns false for an unknown name. Names are GGUF's ("Q4_K", "F16", …).
@@ -44,12 +44,12 @@ struct SubBlockScale {
 };
 SubBlockScale k_quant_scale(const uint8_t* block, int sub);
 
-// One row of a checkpoint (K values of `type`) to the row form of `format`: quants (padded_k(K)),
-// scales and minima (num_groups(K)), or values (K) for kBf16. Exact where the format can hold the
-// source (Q4_0, Q4_1 → kInt4; Q4_0, Q5_0, Q8_0 → kInt8; bf16 → kBf16). Q4_K → kInt4 keeps the
-// quants and rounds the scales to fp16. Else rounded: int8 by max |w| / 127 a group; int4 by a
-// search for the scale and minimum with the least squared error.
-// `scratch` holds K floats. Scales and minima are rounded to what the packed format stores (fp16).
+// One row of a checkpoint (K values of `type`) to the row form of `format` that pack takes: quants
+// (padded_k(K)), scales and minima (num_groups(K)), or values (K) for kBf16. Exact where the format
+// can hold the source (Q4_0, Q4_1 → kInt4; Q4_0 → kInt4Symmetric; Q4_0, Q5_0, Q8_0 → kInt8; bf16 →
+// kBf16). Q4_K → kInt4 keeps the quants and rounds the scales to fp16. Else rounded: int8 and fp8
+// by the largest |w| that shares a scale; int4 by a search for the least squared error. `scratch`
+// holds K floats. Scales and minima are rounded to what the packed format stores.
 void quantize_row(Format format, BlockType type, const uint8_t* row, int K, float* scratch,
                   float* values, uint8_t* quants, float* scales, float* minima);
 

@@ -99,8 +99,8 @@ Model::Model(const Config& config, std::shared_ptr<ThreadPool> pool, const std::
   };
   require(linear_ != nullptr && vector_ != nullptr && isa_supported(isa.c_str()),
           "instruction set " + isa + " is not available on this machine");
-  for (Format format : {Format::kBf16, Format::kInt8, Format::kInt4}) {
-    require(kGroupSize % linear_->tile_channels(format) == 0, "tiles do not divide groups");
+  for (const FormatInfo& info : kFormats) {
+    require(kGroupSize % linear_->tile_channels(info.format) == 0, "tiles do not divide groups");
   }
   const Config& c = config_;
   require(c.num_layers > 0 && c.hidden_size > 0 && c.intermediate_size > 0 && c.num_heads > 0 &&

@@ -1,13 +1,26 @@
 """Settings of the engine: frozen, validated once, where they are made."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
-Quantization = Literal["auto", "none", "int8", "int4"]
+Quantization = Literal[
+    "auto",
+    "none",
+    "fp8",
+    "int8",
+    "int8-channel",
+    "int4",
+    "int4-g64",
+    "int4-g128",
+    "int4-sym",
+    "int4-sym-g64",
+    "int4-sym-g128",
+]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 KvDtype = Literal["bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
-SpeculationMode = Literal["auto", "off", "ngram", "mtp", "draft"]
+SpeculationMode = Literal["auto", "off", "ngram", "mtp"]
 
 
 class ConfigError(ValueError):
@@ -26,26 +39,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
-    speculation: SpeculationMode = "auto"
-    draft_model: str | None = None  # short name, folder, .gguf file or hub id
-    mtp_head: str | None = None  # folder that tools.train_mtp wrote
+    speculation: SpeculationMode = "off"
+    mtp_head: str | None = None  # folder that a head was trained into
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
-        if self.quantization not in ("auto", "none", "int8", "int4"):
+        if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"--quantization {self.quantization}: choose auto, none, int8 or int4"
+                f"--quantization {self.quantization}: choose from {', '.join(QUANTIZATIONS)}"
             )
         if self.kv_dtype not in ("auto", "bf16", "int8"):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
-        if self.speculation not in ("auto", "off", "ngram", "mtp", "draft"):
-            raise ConfigError(
-                f"--speculation {self.speculation}: choose auto, off, ngram, mtp or draft"
-            )
-        if self.speculation == "draft" and self.draft_model is None:
-            raise ConfigError("--speculation draft: name the model that drafts by --draft-model")
+        if self.speculation not in ("auto", "off", "ngram", "mtp"):
+            raise ConfigError(f"--speculation {self.speculation}: choose auto, off, ngram or mtp")
         for name, value in (
             ("--max-sequences", self.max_sequences),
             ("--max-step-tokens", self.max_step_tokens),

@@ -51,7 +51,7 @@ def _serve(options: Options) -> int:
     model = _served(loaded, options.served_model_name)
     lines = start_table(loaded, model.name, options.log_format)
     # Nothing here may hold on to what an apply replaces: its memory could not be given back.
-    first_core = [loaded.core]
+    first = [(loaded.core, loaded.speculation)]
     del deployment, loaded
 
     def make_engine(on_report: Callable[[StepReport], None]) -> Engine:
@@ -59,7 +59,8 @@ def _serve(options: Options) -> int:
             optimizer.observer.observe(step)
             on_report(step)
 
-        engine = Engine(first_core.pop(), engine_settings, report)
+        core, speculation = first.pop()
+        engine = Engine(core, engine_settings, report, speculation)
         optimizer.attach(engine)
         return engine
 

@@ -14,7 +14,7 @@ from typing import NoReturn, cast
 
 import msgspec
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from engine.planning import proposal
 from server.http import Settings
 from server.logs import LogFormat
@@ -94,7 +94,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default=defaults.device)
     group.add_argument(
         "--quantization",
-        choices=("auto", "none", "int8", "int4"),
+        choices=QUANTIZATIONS,
         default=defaults.quantization,
         help="weights' format; none is bf16, auto keeps what the file has (default: auto)",
     )
@@ -123,6 +123,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_step_tokens,
         help="tokens computed in one step (default: %(default)s)",
     )
+    group.add_argument(
+        "--speculation",
+        choices=("auto", "off", "ngram", "mtp"),
+        default=defaults.speculation,
+        help="who drafts tokens for the model to verify; the text is the same (default: off)",
+    )
+    group.add_argument("--mtp-head", help="folder of a head that was trained for the model")
     group.add_argument("--threads", type=_count(1), help="compute threads (default: one per core)")
 
 
@@ -214,6 +221,8 @@ def _to_options(args: argparse.Namespace) -> Options:
             max_sequences=args.max_sequences,
             max_step_tokens=args.max_step_tokens,
             num_threads=args.threads,
+            speculation=args.speculation,
+            mtp_head=args.mtp_head,
         ),
         settings=Settings(
             api_key=_api_key(args.api_key, args.api_key_file),

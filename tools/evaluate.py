@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.config import ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from engine.loader import load_model
 from engine.tokenizer.protocol import Tokenizer
 
@@ -242,7 +242,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--context", type=_at_least(2), default=512, help="tokens of a window (%(default)s)")
     add("--second-half", action="store_true", help="score as llama.cpp's perplexity tool does")
     add("--max-chunks", type=_at_least(1), help="only the first so many windows")
-    add("--quantization", default="auto", help="auto, none, int8 or int4 (%(default)s)")
+    add("--quantization", default="auto", help=f"{', '.join(QUANTIZATIONS)} (%(default)s)")
     add("--kv-dtype", default="auto", help="auto, bf16 or int8 (%(default)s)")
     add("--threads", type=_at_least(1), help="of the core; default: physical cores")
     add("--isa", help="force an instruction set: portable, avx2 or avx512")

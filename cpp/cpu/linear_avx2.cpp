@@ -1,5 +1,6 @@
 // Linear layers for x86-64 with AVX2, FMA and F16C: 8 output channels in the 32-bit lanes of a
-// register. Compiled with ISA flags, so everything but the two entry points is local to the file.
+// register. Here are the integer formats; the others are in linear_avx2_float.cpp. Compiled with
+// ISA flags, so everything but the entry point is local to the file.
 //
 // int4 multiplies unsigned 4-bit weights by signed 8-bit activations with vpmaddubsw and adds in 16
 // bits over a group: 8 steps * 2 products * 15 * 127 = 30480 cannot overflow. int8 multiplies in 16
@@ -9,10 +10,11 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/linear_isa.h"
 #include "cpu/linear_tiles.h"
-#include "formats/bf16.h"
+#include "cpu/tile_avx2.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
 
@@ -20,27 +22,6 @@ namespace fulcrum {
 namespace {
 
 constexpr int kSteps = kGroupSize / 4;  // of four k, in a group
-
-// Writes one row of a tile, of which `channels` (16 or fewer) exist.
-void store_row(float* y, int channels, bool accumulate, __m256 low, __m256 high) {
-  if (channels >= kTileChannels) {
-    if (accumulate) {
-      low = _mm256_add_ps(_mm256_loadu_ps(y), low);
-      high = _mm256_add_ps(_mm256_loadu_ps(y + 8), high);
-    }
-    _mm256_storeu_ps(y, low);
-    _mm256_storeu_ps(y + 8, high);
-    return;
-  }
-  float tail[kTileChannels];
-  _mm256_storeu_ps(tail, low);
-  _mm256_storeu_ps(tail + 8, high);
-  for (int c = 0; c < channels; ++c) y[c] = accumulate ? y[c] + tail[c] : tail[c];
-}
-
-__m256 load_half8(const uint16_t* values) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-}
 
 // Four bytes or two 16-bit words.
 __m256i broadcast_32(const void* values) {
@@ -99,17 +80,28 @@ inline __attribute__((always_inline)) void dot_bytes(const uint8_t* quants,
   }
 }
 
+template <int kGroups, bool kHasMinimum>
 struct Int4Kernel {
-  using Tile = Int4Tile;
+  using Tile = Int4Tile<kGroups, kHasMinimum>;
   static constexpr int kRows = 6;
   static constexpr bool kPairsTiles = false;
-  static int64_t tile_elements(int K) { return num_groups(K); }
+  static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
   static int64_t row_bytes(int K) { return padded_k(K); }
 
+  static void add_scaled(const Tile& tile, int half, __m256 products, __m256 totals, __m256* acc) {
+    *acc = _mm256_fmadd_ps(load_half8(tile.scales[0] + half * 8), products, *acc);
+    if (kHasMinimum) {
+      const uint16_t* minima = tile.scales[kHasMinimum];
+      *acc = _mm256_fmadd_ps(load_half8(minima + half * 8), totals, *acc);
+    }
+  }
+
   template <int Rows, int Tiles, bool kStreams>
-  static void run(const Int4Tile* tile, int K, const Activations& x, int t, const TileOutput& out) {
+  static void run(const uint8_t* data, int K, const Activations& x, int t, const TileOutput& out) {
     static_assert(Tiles == 1);
-    const int groups = num_groups(K);
+    const Tile* tile = reinterpret_cast<const Tile*>(data);
+    const int64_t next = tile_bytes(K);
+    const int groups = num_groups(K), scale_groups = num_scales<kGroups>(K);
     const int64_t stride = int64_t{groups} * kGroupSize;
     const int8_t* activations = x.quantized + t * stride;
     const float* scales = x.scales + int64_t{t} * groups;
@@ -118,115 +110,95 @@ struct Int4Kernel {
     __m256 acc[Rows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
-    for (int g = 0; g < groups; ++g) {
-      if (!kStreams) prefetch(tile[groups + g]);
-      __m256i dots[Rows][2];
-      dot_nibbles<Rows>(tile[g].quants, activations + g * kGroupSize, stride, dots);
-      const __m256 weight_scales[2] = {load_half8(tile[g].scales), load_half8(tile[g].scales + 8)};
-      const __m256 weight_minima[2] = {load_half8(tile[g].minima), load_half8(tile[g].minima + 8)};
+    for (int i = 0; i < scale_groups; ++i, ++tile) {
+      if (!kStreams) prefetch<sizeof(Tile)>(reinterpret_cast<const char*>(tile) + next);
+      // Of the groups that share a scale: products with the activations, and their sums.
+      __m256 products[Rows][2], totals[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const __m256 scale = _mm256_broadcast_ss(scales + r * groups + g);
-        const __m256 sum = _mm256_mul_ps(scale, _mm256_broadcast_ss(sums + r * groups + g));
+        products[r][0] = products[r][1] = totals[r] = _mm256_setzero_ps();
+      }
+      const int begin = i * kGroups;
+      const int end = kGroups == 1 || begin + kGroups < groups ? begin + kGroups : groups;
+      for (int g = begin; g < end; ++g) {
+        __m256i dots[Rows][2];
+        dot_nibbles<Rows>(tile->quants[g - begin], activations + g * kGroupSize, stride, dots);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          const __m256 scale = _mm256_broadcast_ss(scales + r * groups + g);
+          const __m256 sum = _mm256_broadcast_ss(sums + r * groups + g);
+          const __m256 shift = _mm256_mul_ps(_mm256_set1_ps(kInt4ZeroPoint), sum);
+          if (kHasMinimum) totals[r] = _mm256_fmadd_ps(scale, sum, totals[r]);
 #pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          const __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
-          const __m256 factor = _mm256_mul_ps(weight_scales[h], scale);
-          acc[r][h] = _mm256_fmadd_ps(factor, dot, acc[r][h]);
-          acc[r][h] = _mm256_fmadd_ps(weight_minima[h], sum, acc[r][h]);
+          for (int h = 0; h < 2; ++h) {
+            __m256 dot = _mm256_cvtepi32_ps(_mm256_madd_epi16(dots[r][h], ones));
+            // Both are integers below 2^24, so their difference is exact.
+            if (!kHasMinimum) dot = _mm256_sub_ps(dot, shift);
+            products[r][h] = _mm256_fmadd_ps(scale, dot, products[r][h]);
+            if (kGroups == 1) add_scaled(*tile, h, products[r][h], totals[r], &acc[r][h]);
+          }
         }
       }
-    }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      store_row(out.y + r * out.ld_y, out.channels, out.accumulate, acc[r][0], acc[r][1]);
+      for (int r = 0; r < Rows && kGroups > 1; ++r) {
+        add_scaled(*tile, 0, products[r][0], totals[r], &acc[r][0]);
+        add_scaled(*tile, 1, products[r][1], totals[r], &acc[r][1]);
+      }
     }
+    store_rows<Rows>(out, acc);
   }
 };
 
+// Quants: Int8Tile, where each group has its scales, or Int8Quants, where the tile has some.
+template <typename Quants>
 struct Int8Kernel {
-  using Tile = Int8Tile;
+  static constexpr bool kPerChannel = std::is_same_v<Quants, Int8Quants>;
   static constexpr int kRows = 6;
   static constexpr bool kPairsTiles = false;
-  static int64_t tile_elements(int K) { return num_groups(K); }
+  static int64_t tile_bytes(int K) {
+    return (kPerChannel ? sizeof(Int8ChannelTile) : 0) + num_groups(K) * int64_t{sizeof(Quants)};
+  }
   static int64_t row_bytes(int K) { return int64_t{padded_k(K)} * 2; }
 
+  static __m256 group_scales(const Int8Tile& tile, int half) {
+    return load_half8(tile.scales + half * 8);
+  }
+  static __m256 group_scales(const Int8Quants&, int) { return _mm256_set1_ps(1.0f); }
+
   template <int Rows, int Tiles, bool kStreams>
-  static void run(const Int8Tile* tile, int K, const Activations& x, int t, const TileOutput& out) {
+  static void run(const uint8_t* data, int K, const Activations& x, int t, const TileOutput& out) {
     static_assert(Tiles == 1);
     const int groups = num_groups(K);
     const int64_t stride = int64_t{groups} * kGroupSize;
     const int16_t* activations = x.widened + t * stride;
     const float* scales = x.scales + int64_t{t} * groups;
+    const float* channel_scales = reinterpret_cast<const float*>(data);
+    const Quants* tile =
+        reinterpret_cast<const Quants*>(data + (kPerChannel ? sizeof(Int8ChannelTile) : 0));
     __m256 acc[Rows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
     for (int g = 0; g < groups; ++g) {
-      if (!kStreams) prefetch(tile[groups + g]);
+      if (!kStreams) prefetch<sizeof(Quants)>(tile + groups + g);
       __m256i dots[Rows][2];
       dot_bytes<Rows>(tile[g].quants, activations + g * kGroupSize, stride, dots);
-      const __m256 weight_scales[2] = {load_half8(tile[g].scales), load_half8(tile[g].scales + 8)};
+      const __m256 weight_scales[2] = {group_scales(tile[g], 0), group_scales(tile[g], 1)};
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const __m256 scale = _mm256_broadcast_ss(scales + r * groups + g);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
-          const __m256 factor = _mm256_mul_ps(weight_scales[h], scale);
+          const __m256 factor = kPerChannel ? scale : _mm256_mul_ps(weight_scales[h], scale);
           acc[r][h] = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(dots[r][h]), acc[r][h]);
         }
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) {
-      store_row(out.y + r * out.ld_y, out.channels, out.accumulate, acc[r][0], acc[r][1]);
+    for (int r = 0; r < Rows && kPerChannel; ++r) {
+      acc[r][0] = _mm256_mul_ps(acc[r][0], _mm256_loadu_ps(channel_scales));
+      acc[r][1] = _mm256_mul_ps(acc[r][1], _mm256_loadu_ps(channel_scales + 8));
     }
-  }
-};
-
-// One chain of fused multiply-adds per output, in ascending k.
-struct Bf16Kernel {
-  using Tile = Bf16TileRow;
-  static constexpr int kRows = 4;
-  static constexpr bool kPairsTiles = true;
-  static int64_t tile_elements(int K) { return K; }
-  static int64_t row_bytes(int K) { return int64_t{K} * 4; }
-
-  template <int Rows, int Tiles, bool kStreams>
-  static void run(const Bf16TileRow* tile, int K, const Activations& x, int t,
-                  const TileOutput& out) {
-    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-    const float* rows = x.values + t * x.ld_values;
-    __m256 acc[Tiles][Rows][2];
-#pragma GCC unroll 4
-    for (int i = 0; i < Tiles; ++i) {
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) acc[i][r][0] = acc[i][r][1] = _mm256_setzero_ps();
-    }
-    for (int k = 0; k < K; ++k) {
-      // The hardware follows several tiles at once well, one tile of these not far enough.
-      if (!kStreams || Tiles == 1) prefetch(tile[kStreams ? k + 96 : k + K]);
-#pragma GCC unroll 4
-      for (int i = 0; i < Tiles; ++i) {
-        const Bf16TileRow* row = tile + int64_t{i} * K + k;
-        const __m256i pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(row->values));
-        const __m256 low = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
-        const __m256 high = _mm256_castsi256_ps(_mm256_and_si256(pairs, mask));
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-          const __m256 value = _mm256_broadcast_ss(rows + r * x.ld_values + k);
-          acc[i][r][0] = _mm256_fmadd_ps(value, low, acc[i][r][0]);
-          acc[i][r][1] = _mm256_fmadd_ps(value, high, acc[i][r][1]);
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < Tiles; ++i) {
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        store_row(out.y + r * out.ld_y + i * kTileChannels, out.channels - i * kTileChannels,
-                  out.accumulate, acc[i][r][0], acc[i][r][1]);
-      }
-    }
+    store_rows<Rows>(out, acc);
   }
 };
 
@@ -242,11 +214,17 @@ void gemm_avx2(const PackedMatrix& w, const Activations& x, int T, float* y, int
                int tile_begin, int tile_end, bool accumulate) {
   switch (w.format) {
     case Format::kBf16:
-      return gemm_tiles<Bf16Kernel>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+    case Format::kFp8:
+      return gemm_float_avx2(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
     case Format::kInt8:
-      return gemm_tiles<Int8Kernel>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
-    case Format::kInt4:
-      return gemm_tiles<Int4Kernel>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+      return gemm_tiles<Int8Kernel<Int8Tile>>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+    case Format::kInt8Channel:
+      return gemm_tiles<Int8Kernel<Int8Quants>>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+    default:
+      return with_int4(w.format, [&]<int kGroups, bool kHasMinimum>() {
+        gemm_tiles<Int4Kernel<kGroups, kHasMinimum>>(w, x, T, y, ld_y, tile_begin, tile_end,
+                                                     accumulate);
+      });
   }
 }
 

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "cpu/linear_isa.h"
 #include "formats/bf16.h"
+#include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
 
@@ -41,46 +43,24 @@ int dot_group(const int8_t* weights, const int8_t* activations) {
   return sum;
 }
 
-struct DecodedGroup {
-  int8_t quants[kGroupSize];
-  float scale;
-  float minimum;
-};
-
-void decode(const Int4Group& group, DecodedGroup* out) {
+// 32 weights, as w = scale * (q + offset) + minimum with the scale and minimum of their group.
+void decode(const uint8_t* nibbles, int offset, int8_t* quants) {
   for (int i = 0; i < kGroupSize / 2; ++i) {
-    out->quants[i] = static_cast<int8_t>(group.quants[i] & 15);
-    out->quants[i + kGroupSize / 2] = static_cast<int8_t>(group.quants[i] >> 4);
+    quants[i] = static_cast<int8_t>((nibbles[i] & 15) + offset);
+    quants[i + kGroupSize / 2] = static_cast<int8_t>((nibbles[i] >> 4) + offset);
   }
-  out->scale = half_to_float(group.scale);
-  out->minimum = half_to_float(group.minimum);
 }
 
-void decode(const Int8Group& group, DecodedGroup* out) {
-  std::copy_n(group.quants, kGroupSize, out->quants);
-  out->scale = half_to_float(group.scale);
-  out->minimum = 0.0f;
-}
-
-template <typename Group>
-void gemm_groups(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
-                 int channel_begin, int channel_end, bool accumulate) {
-  const int groups = num_groups(w.K);
+// Calls op(first row, rows, channel, y) for every channel and block of rows, op adding to the
+// block's sums, which then go to y.
+template <typename Op>
+void for_channels(int T, float* y, int64_t ld_y, int channel_begin, int channel_end,
+                  bool accumulate, Op op) {
   for (int t0 = 0; t0 < T; t0 += kRowBlock) {
     const int rows = std::min(kRowBlock, T - t0);
     for (int n = channel_begin; n < channel_end; ++n) {
-      const Group* row = reinterpret_cast<const Group*>(w.data) + int64_t{n} * groups;
       float sums[kRowBlock] = {};
-      for (int g = 0; g < groups; ++g) {
-        DecodedGroup group;
-        decode(row[g], &group);
-        for (int r = 0; r < rows; ++r) {
-          const int64_t index = int64_t{t0 + r} * groups + g;
-          const int dot = dot_group(group.quants, x.quantized + index * kGroupSize);
-          sums[r] += group.scale * x.scales[index] * static_cast<float>(dot);
-          sums[r] += group.minimum * (x.scales[index] * x.sums[index]);
-        }
-      }
+      op(t0, rows, n, sums);
       for (int r = 0; r < rows; ++r) {
         float* out = y + (t0 + r) * ld_y + n;
         *out = accumulate ? *out + sums[r] : sums[r];
@@ -89,22 +69,86 @@ void gemm_groups(const PackedMatrix& w, const Activations& x, int T, float* y, i
   }
 }
 
-void gemm_bf16(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
-               int channel_begin, int channel_end, bool accumulate) {
-  for (int n0 = channel_begin; n0 < channel_end; n0 += kTileChannels) {
-    const Bf16TileRow* tile =
-        reinterpret_cast<const Bf16TileRow*>(w.data) + int64_t{n0 / kTileChannels} * w.K;
-    const int channels = std::min(kTileChannels, channel_end - n0);
-    for (int t = 0; t < T; ++t) {
-      const float* row = x.values + t * x.ld_values;
-      float sums[kTileChannels] = {};
-      for (int k = 0; k < w.K; ++k) {
-        for (int c = 0; c < kTileChannels; ++c) {
-          sums[c] += bf16_to_float(tile[k].values[c]) * row[k];
-        }
+template <int kGroups, bool kHasMinimum>
+void add_int4_row(const Int4Group<kGroups, kHasMinimum>* row, int groups, const Activations& x,
+                  int t0, int rows, float* sums) {
+  for (int first = 0; first < groups; first += kGroups, ++row) {
+    const int end = std::min(first + kGroups, groups);
+    const float scale = half_to_float(row->scale[0]);
+    const float minimum = kHasMinimum ? half_to_float(row->scale[kHasMinimum]) : 0.0f;
+    int8_t quants[kGroups][kGroupSize];
+    for (int g = first; g < end; ++g) {
+      decode(row->quants[g - first], kHasMinimum ? 0 : -kInt4ZeroPoint, quants[g - first]);
+    }
+    for (int r = 0; r < rows; ++r) {
+      float dots = 0.0f, totals = 0.0f;
+      for (int g = first; g < end; ++g) {
+        const int64_t index = int64_t{t0 + r} * groups + g;
+        const int dot = dot_group(quants[g - first], x.quantized + index * kGroupSize);
+        dots += x.scales[index] * static_cast<float>(dot);
+        totals += x.scales[index] * x.sums[index];
       }
-      float* out = y + t * ld_y + n0;
-      for (int c = 0; c < channels; ++c) out[c] = accumulate ? out[c] + sums[c] : sums[c];
+      sums[r] += scale * dots;
+      if (kHasMinimum) sums[r] += minimum * totals;
+    }
+  }
+}
+
+// quants(g) and scale(g) are those of the row's group g.
+template <typename Quants, typename Scale>
+void add_int8_row(int groups, const Activations& x, int t0, int rows, float* sums, Quants quants,
+                  Scale scale) {
+  for (int g = 0; g < groups; ++g) {
+    for (int r = 0; r < rows; ++r) {
+      const int64_t index = int64_t{t0 + r} * groups + g;
+      const int dot = dot_group(quants(g), x.quantized + index * kGroupSize);
+      sums[r] += scale(g) * x.scales[index] * static_cast<float>(dot);
+    }
+  }
+}
+
+void add_int8_channel(const PackedMatrix& w, int n, const Activations& x, int t0, int rows,
+                      float* sums) {
+  const uint8_t* row = w.data + n * int8_channel_row_bytes(w.K);
+  float scale;
+  std::memcpy(&scale, row, sizeof(float));
+  const int8_t* quants = reinterpret_cast<const int8_t*>(row + sizeof(float));
+  add_int8_row(
+      num_groups(w.K), x, t0, rows, sums, [=](int g) { return quants + g * kGroupSize; },
+      [=](int) { return scale; });
+}
+
+// Sums of a tile's 16 channels over one row; decode(k, channel) gives the weight.
+template <typename Decode>
+void gemm_floats(int K, const Activations& x, int T, float* y, int64_t ld_y, int channels,
+                 const float* scales, bool accumulate, Decode decode) {
+  for (int t = 0; t < T; ++t) {
+    const float* row = x.values + t * x.ld_values;
+    float sums[kTileChannels] = {};
+    for (int k = 0; k < K; ++k) {
+      for (int c = 0; c < kTileChannels; ++c) sums[c] += decode(k, c) * row[k];
+    }
+    float* out = y + t * ld_y;
+    for (int c = 0; c < channels; ++c) {
+      const float sum = scales == nullptr ? sums[c] : sums[c] * scales[c];
+      out[c] = accumulate ? out[c] + sum : sum;
+    }
+  }
+}
+// The float formats, whose tiles are those of Lanes512.
+void gemm_float_tiles(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+                      int tile_begin, int tile_end, bool accumulate) {
+  for (int tile = tile_begin; tile < tile_end; ++tile) {
+    const int channels = std::min(kTileChannels, w.N - tile * kTileChannels);
+    float* out = y + tile * kTileChannels;
+    if (w.format == Format::kFp8) {
+      const Fp8Tile* from = reinterpret_cast<const Fp8Tile*>(w.data + tile * fp8_tile_bytes(w.K));
+      gemm_floats(w.K, x, T, out, ld_y, channels, from->scales, accumulate,
+                  [=](int k, int c) { return e4m3_to_half_scale(from->rows()[k].values[c]); });
+    } else {
+      const Bf16TileRow* from = reinterpret_cast<const Bf16TileRow*>(w.data) + int64_t{tile} * w.K;
+      gemm_floats(w.K, x, T, out, ld_y, channels, nullptr, accumulate,
+                  [=](int k, int c) { return bf16_to_float(from[k].values[c]); });
     }
   }
 }
@@ -130,16 +174,35 @@ void quantize_rows_portable(const Activations& x, int K, int row_begin, int row_
 
 void gemm_portable(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                    int tile_begin, int tile_end, bool accumulate) {
+  if (!format_info(w.format).reads_integers) {
+    return gemm_float_tiles(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+  }
   const int begin = tile_begin * kTileChannels;
   const int end = std::min(tile_end * kTileChannels, w.N);
-  switch (w.format) {
-    case Format::kBf16:
-      return gemm_bf16(w, x, T, y, ld_y, begin, end, accumulate);
-    case Format::kInt8:
-      return gemm_groups<Int8Group>(w, x, T, y, ld_y, begin, end, accumulate);
-    case Format::kInt4:
-      return gemm_groups<Int4Group>(w, x, T, y, ld_y, begin, end, accumulate);
+  const int64_t groups = num_groups(w.K);
+  const auto over_channels = [&](auto add_row) {
+    for_channels(T, y, ld_y, begin, end, accumulate, add_row);
+  };
+  if (w.format == Format::kInt8) {
+    return over_channels([&](int t0, int rows, int n, float* sums) {
+      const Int8Group* row = reinterpret_cast<const Int8Group*>(w.data) + n * groups;
+      add_int8_row(
+          groups, x, t0, rows, sums, [=](int g) { return row[g].quants; },
+          [=](int g) { return half_to_float(row[g].scale); });
+    });
   }
+  if (w.format == Format::kInt8Channel) {
+    return over_channels(
+        [&](int t0, int rows, int n, float* sums) { add_int8_channel(w, n, x, t0, rows, sums); });
+  }
+  with_int4(w.format, [&]<int kGroups, bool kHasMinimum>() {
+    using Group = Int4Group<kGroups, kHasMinimum>;
+    over_channels([&](int t0, int rows, int n, float* sums) {
+      const Group* row =
+          reinterpret_cast<const Group*>(w.data + n * int4_bytes<Group, kGroups>(w.K));
+      add_int4_row<kGroups, kHasMinimum>(row, groups, x, t0, rows, sums);
+    });
+  });
 }
 
 }  // namespace fulcrum

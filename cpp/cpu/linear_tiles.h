@@ -2,9 +2,9 @@
 // kernel that is local to the including file, which makes every instance local as well: nothing
 // compiled with one file's ISA flags can end up in another.
 //
-// A kernel has: Tile, the element of its layout; tile_elements(K), how many make a tile;
-// row_bytes(K), of the activations; kRows, the rows of its register block; kPairsTiles, whether it
-// can compute several tiles at once, for one or two rows; and
+// A kernel has: tile_bytes(K), of the weights; row_bytes(K), of the activations; kRows, the rows of
+// its register block; kPairsTiles, whether it can compute several tiles at once, for one or two
+// rows; and
 //   run<Rows, Tiles, kStreams>(tile, K, x, t, out): rows t… of neighbouring tiles, to out.
 //   kStreams: the weights come from memory, not from the L1 cache; else it prefetches the next
 //   tile.
@@ -26,20 +26,22 @@ struct TileOutput {
   bool accumulate;
 };
 
-// Asks for an element of a tile. A kernel that reads each weight once leaves that to the hardware,
+// Asks for a part of a tile. A kernel that reads each weight once leaves that to the hardware,
 // which follows a stream better than instructions do. Where a tile is read again for more rows, the
 // stream pauses, and the kernel asks for the next tile meanwhile; behind the last one that is of no
 // use and does no harm.
-template <typename Tile>
-inline __attribute__((always_inline)) void prefetch(const Tile& element) {
-  const char* bytes = reinterpret_cast<const char*>(&element);
-#pragma GCC unroll 9
-  for (size_t line = 0; line < sizeof(element); line += 64) __builtin_prefetch(bytes + line);
+template <size_t kBytes>
+inline __attribute__((always_inline)) void prefetch(const void* element) {
+#pragma GCC unroll 18
+  for (size_t line = 0; line < kBytes; line += 64) {
+    __builtin_prefetch(static_cast<const char*>(element) + line);
+  }
 }
+
+constexpr int64_t kStreamDistanceBytes = 3072;  // for kernels that do ask ahead in a stream
 
 template <typename Kernel>
 struct TileLoops {
-  using Tile = typename Kernel::Tile;
   // Activations that stay in the L2 cache while all tiles pass by.
   static constexpr int64_t kBlockBytes = 192 * 1024;
 
@@ -53,9 +55,8 @@ struct TileLoops {
   void run(int t, int tile) const {
     const TileOutput out = {y + t * ld_y + tile * kTileChannels, ld_y, w.N - tile * kTileChannels,
                             accumulate};
-    const Tile* tiles = reinterpret_cast<const Tile*>(w.data);
-    Kernel::template run<Rows, Tiles, kStreams>(tiles + tile * Kernel::tile_elements(w.K), w.K, x,
-                                                t, out);
+    Kernel::template run<Rows, Tiles, kStreams>(w.data + tile * Kernel::tile_bytes(w.K), w.K, x, t,
+                                                out);
   }
 
   // All rows there are, few enough for a register block: neighbouring tiles together, so that there

@@ -1,4 +1,4 @@
-"""Multi-token-prediction modules: which tensors they are, where they fit, and how the core takes them.
+"""Multi-token-prediction modules: their tensors, where they fit, and how the core takes them.
 
 A module is one decoder layer of the target's own kind between an input projection and a norm, in
 the names of DeepSeek-V3's checkpoints (Technical Report, section 2.2). The loader calls it.
@@ -67,7 +67,7 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def target_digest(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> str:
-    """Identify a model by its shape and its final norm, which every storage format keeps exactly."""
+    """Identify a model by its shape and its final norm, which every format keeps exactly."""
     norm = tensors[spec.tensor_names["final_norm"]].floats()
     bits = norm.astype(np.float32).view(np.uint32) >> 16  # as bf16
     shape = (spec.num_layers, spec.hidden_size, spec.intermediate_size, spec.vocab_size)
@@ -77,12 +77,12 @@ def target_digest(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def read_head(folder: Path) -> tuple[HeadConfig, MtpHead]:
-    """Read a head that tools.train_mtp wrote. Raises CheckpointError naming what is wrong."""
+    """Read a trained head. Raises CheckpointError naming what is wrong."""
     path = folder / _CONFIG_NAME
     try:
         config = msgspec.json.decode(path.read_bytes(), type=HeadConfig)
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"{path}: is no head of tools.train_mtp: {error}") from None
+        raise CheckpointError(f"{path}: is no trained head: {error}") from None
     tensors = safetensors.read_folder(folder)
     by_slot = {}
     for slot, name in {**MODULE_NAMES, **LAYER_NAMES}.items():
@@ -156,7 +156,7 @@ def _load_head_rows(
     tensors: Mapping[str, StoredTensor],
     draft_ids: NDArray[np.int32],
 ) -> None:
-    """Give the module those rows of the target's head that it drafts (FR-Spec, Zhao et al. 2025)."""
+    """Give the module the rows of the head that it drafts (FR-Spec, Zhao et al. 2025)."""
     slot = "embedding" if spec.tied_embeddings else "output"
     matrix = tensors[spec.tensor_names[slot]]
     rows, cols = matrix.shape

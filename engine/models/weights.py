@@ -37,13 +37,14 @@ _EXACT = frozenset(
     (
         ("Q4_0", "int4"),
         ("Q4_1", "int4"),
+        ("Q4_0", "int4-sym"),
         ("Q4_0", "int8"),
         ("Q5_0", "int8"),
         ("Q8_0", "int8"),
         ("BF16", "bf16"),
     )
 )
-_FORMATS = ("int4", "int8", "bf16")
+_USUAL_FORMATS = ("int4", "int8", "bf16")
 
 
 class PlannedTensor(msgspec.Struct, frozen=True):
@@ -166,15 +167,16 @@ def _matrix_format(slot: str, block_type: str, quantization: Quantization) -> st
         return "bf16"
     if quantization == "auto":
         return _FORMAT_OF_BLOCK_TYPE[block_type]
-    if quantization == "int4" and slot in ("embedding", "output"):
+    if quantization.startswith("int4") and slot in ("embedding", "output"):
         # Rounding these costs more quality than all other matrices together.
-        return "int4" if (block_type, "int4") in _EXACT else "int8"
+        return quantization if (block_type, quantization) in _EXACT else "int8"
     return quantization
 
 
 def _summary(matrices: Sequence[PlannedTensor]) -> str:
     counts = Counter(item.format for item in matrices)
-    return ", ".join(f"{name} ({counts[name]})" for name in _FORMATS)
+    others = sorted(name for name in counts if name and name not in _USUAL_FORMATS)
+    return ", ".join(f"{name} ({counts[name]})" for name in (*others, *_USUAL_FORMATS))
 
 
 def _reason(matrices: Sequence[PlannedTensor], quantization: Quantization) -> str:

@@ -25,6 +25,7 @@ from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
 from engine.runner import EngineSettings
+from engine.speculation.setup import Speculation
 from engine.types import SamplingParams, Submit
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,12 @@ class SwitchableEngine(Protocol):
     def submit(self, message: Submit) -> None: ...
 
     def switch(
-        self, core: Any, settings: EngineSettings, *, timeout_s: float = 60.0
+        self,
+        core: Any,
+        settings: EngineSettings,
+        *,
+        speculation: Speculation = ...,
+        timeout_s: float = 60.0,
     ) -> Future[None]: ...
 
     def park(self, grace_s: float) -> Future[None]: ...

@@ -109,9 +109,9 @@ class ApplyRun:
         except BaseException as error:
             self._update("building", f"building the old state again: {error}")
             again = applier.build(old_config)
-            applier.engine().switch(again.loaded.core, again.engine_settings).result(
-                _SWITCH_TIMEOUT_S
-            )
+            applier.engine().switch(
+                again.loaded.core, again.engine_settings, speculation=again.loaded.speculation
+            ).result(_SWITCH_TIMEOUT_S)
             self._old = applier.deployment = again
             applier.announce(again, again.loaded.max_model_len)
             raise
@@ -136,7 +136,9 @@ class ApplyRun:
             applier.observer.begin_pauses()
         began_s = time.monotonic()
         try:
-            done = applier.engine().switch(new.loaded.core, new.engine_settings)
+            done = applier.engine().switch(
+                new.loaded.core, new.engine_settings, speculation=new.loaded.speculation
+            )
             done.result(_SWITCH_TIMEOUT_S)
         finally:
             self._pause_s = applier.observer.end_pauses()
@@ -201,7 +203,9 @@ class ApplyRun:
             applier.deployment = old
             old = applier.build(config)
         applier.announce(applier.deployment, min(old.loaded.max_model_len, self._length_served()))
-        applier.engine().switch(old.loaded.core, old.engine_settings).result(_SWITCH_TIMEOUT_S)
+        applier.engine().switch(
+            old.loaded.core, old.engine_settings, speculation=old.loaded.speculation
+        ).result(_SWITCH_TIMEOUT_S)
         applier.deployment = old
         applier.announce(old, old.loaded.max_model_len)
 

@@ -20,7 +20,7 @@ from engine.loader import ModelHeaders
 from engine.machine import physical_cores
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
-BUILT_DRAFTERS: frozenset[str] = frozenset()
+BUILT_DRAFTERS = frozenset(("ngram", "mtp"))
 # Levels that are asked for, built or not.
 _LEVELS = tuple(dict.fromkeys((*get_args(Quantization), "fp8")))
 _LEVEL_MEANING = {

@@ -1,4 +1,4 @@
-"""Drafts by a model of the core, token after token: a multi-token-prediction module or a small model.
+"""Drafts by a model of the core, token after token, such as a multi-token-prediction module.
 
 The core does it in one call (cpp/draft.h); here is which positions the model still has to catch up
 with, for each of the engine's lanes.
@@ -64,7 +64,7 @@ class ChainDrafter:
         self._ends = [0] * num_lanes
 
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
-        """Draft at most max_drafts[i] tokens for sequences[i], whose lane and blocks are written."""
+        """Draft at most max_drafts[i] tokens for sequences[i], whose lane is written."""
         drafts = [Draft(self.name, [], [])] * len(sequences)
         group: list[int] = []
         num_tokens = 0

@@ -12,11 +12,7 @@ from engine.models.spec import ModelSpec
 from engine.speculation.setup import OFF, Speculation
 
 HEADS = Path(__file__).parent / "heads"
-_NO_HEAD = (
-    "the checkpoint has no multi-token-prediction module and none was trained for it; "
-    "python -m tools.train_mtp trains one"
-)
-_NO_DRAFT_MODEL = "--draft-model names none"
+_NO_HEAD = "no multi-token-prediction head was trained for this model"
 
 
 def load_speculation(
@@ -41,8 +37,6 @@ def load_speculation(
             if mode == "mtp":
                 raise ConfigError(f"--speculation mtp: {_NO_HEAD}")
             unavailable["mtp"] = _NO_HEAD
-    if mode == "auto":
-        unavailable["draft"] = _NO_DRAFT_MODEL
     return Speculation(mode=mode, hidden_size=spec.hidden_size, mtp=mtp, unavailable=unavailable)
 
 

@@ -21,7 +21,6 @@ from engine.speculation.policy import SpeculationPolicy
 
 NGRAM_DRAFTS = 8  # K at most, of each
 MTP_DRAFTS = 4
-MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
@@ -36,7 +35,6 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     mode: SpeculationMode = "off"
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
-    draft: fulcrum_core.Model | None = None
     unavailable: Mapping[str, str] = {}
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
@@ -53,20 +51,15 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
         drafters: list[Drafter] = []
         if self.mode in ("auto", "ngram"):
             drafters.append(NgramDrafter(lanes.tokens, NGRAM_DRAFTS))
-        for name, model, most in (
-            ("mtp", self.mtp, MTP_DRAFTS),
-            ("draft", self.draft, MODEL_DRAFTS),
-        ):
-            if model is None:
-                continue
+        if self.mtp is not None:
             drafters.append(
                 ChainDrafter(
-                    name,
-                    model,
+                    "mtp",
+                    self.mtp,
                     lanes,
-                    max_drafts=most,
+                    max_drafts=MTP_DRAFTS,
                     max_step_tokens=max_step_tokens,
-                    hidden=hidden if name == "mtp" else None,
+                    hidden=hidden,
                 )
             )
         costs = Costs(max_step_tokens, len(lanes.tokens))

@@ -26,7 +26,8 @@ def measure(tmp_path: Path, *options: str) -> dict[str, Any]:
 def document(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run over two shapes, every format, one and two threads."""
     options = ("--shapes", "64x96,40x50", "--rows", "1,3", "--threads", "1,2")
-    return measure(tmp_path_factory.mktemp("kernels"), *options)
+    formats = ("--formats", ",".join(roofline.FORMATS))
+    return measure(tmp_path_factory.mktemp("kernels"), *options, *formats)
 
 
 def test_every_combination_is_measured_once(document: dict[str, Any]) -> None:

@@ -15,7 +15,13 @@ import pytest
 
 HERE = Path(__file__).parent
 CPP = HERE.parent.parent / "cpp"
-FORMATS = {"bf16": 0, "int8": 1, "int4": 2}
+FORMATS = {
+    name: index
+    for index, name in enumerate(
+        ("bf16", "fp8", "int8", "int8-channel", "int4", "int4-g64", "int4-g128", "int4-sym",
+         "int4-sym-g64", "int4-sym-g128")
+    )
+}  # fmt: skip
 KV_DTYPES = {"bf16": 0, "int8": 1}
 GROUP = 32
 TILE = 16
@@ -26,7 +32,9 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     emulated = f'-DFULCRUM_EMULATED_INTRINSICS="{HERE / "avx512_emulation.h"}"'
     units = [
         (CPP / "cpu" / "linear_avx512.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "linear_avx512_float.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
+        (CPP / "cpu" / "linear_avx2_float.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "activations_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
         (CPP / "linear.cpp", ["-O1"]),
@@ -71,11 +79,13 @@ class Weights:
         groups = -(-cols // GROUP)
         self.format, self.rows, self.cols = FORMATS[format], rows, cols
         self.values = rng.standard_normal((rows, cols)).astype(np.float32)
-        limit = (-128, 128) if format == "int8" else (0, 16)
+        limit = (0, 16) if format.startswith("int4") else (-128, 128)
         quants = rng.integers(*limit, (rows, groups * GROUP))
         if extreme:
             quants = np.where(rng.random(quants.shape) < 0.5, limit[0], limit[1] - 1)
         self.quants = quants.astype(np.int64).astype(np.uint8)
+        if format == "fp8":
+            self.quants[self.quants & 127 == 127] = 0  # NaN, which no weight becomes
         self.scales = rng.uniform(0.001, 0.1, (rows, groups)).astype(np.float32)
         self.minima = rng.uniform(-1, 1, (rows, groups)).astype(np.float32)
 
@@ -146,7 +156,7 @@ def test_emulated_avx512_row_is_identical_for_any_batch_and_tile_range(library, 
     np.testing.assert_array_equal(sum(parts), whole)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", [name for name in FORMATS if name.startswith("int")])
 def test_emulated_avx512_does_not_saturate(library, format):
     weights = Weights(format, 32, 256, extreme=True)
     x = np.where(np.arange(4 * 256).reshape(4, 256) % 5 == 0, -1.0, 1.0).astype(np.float32)

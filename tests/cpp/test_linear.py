@@ -8,7 +8,9 @@ import pytest
 ORDER = ["portable", "avx2", "avx512"]
 ISAS = ORDER[: ORDER.index(fulcrum_core.detect_isa()) + 1]
 VECTOR_ISAS = ISAS[1:]
-FORMATS = ["bf16", "int8", "int4"]
+INT_FORMATS = ["int8", "int8-channel", "int4", "int4-g64", "int4-g128"]
+INT_FORMATS += ["int4-sym", "int4-sym-g64", "int4-sym-g128"]
+FORMATS = ["bf16", "fp8", *INT_FORMATS]
 SHAPES = [(1, 1), (1, 31), (16, 32), (17, 33), (48, 64), (63, 100), (100, 577), (130, 256)]
 NUM_TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 35]
 
@@ -29,7 +31,7 @@ def random(rows: int, cols: int, seed: int = 0) -> np.ndarray:
 
 def rounded_activations(isa: str, format: str, x: np.ndarray) -> np.ndarray:
     """What the kernel multiplies: x itself, or its int8 form, in float64."""
-    if format == "bf16":
+    if format not in INT_FORMATS:
         return x.astype(np.float64)
     quants, scales, _ = fulcrum_core.quantize_activations(isa, x)
     groups = quants.reshape(len(x), -1, 32) * scales[:, :, None].astype(np.float64)
@@ -121,7 +123,7 @@ def test_channels_beyond_the_matrix_are_not_written(isa, format, num_rows):
 
 
 @all_isas
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", INT_FORMATS)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_saturating_products_are_exact(isa, format, sign):
     # All quants at their ends, all activations at ±127: the largest sums that can occur.
@@ -143,7 +145,7 @@ def test_all_256_values_of_an_int8_quant_multiply_exactly(isa):
 
 
 @all_isas
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", INT_FORMATS)
 def test_zero_rows_give_zero_and_leave_their_neighbours_alone(isa, format):
     linear = pack(isa, format, random(40, 96))
     x = random(5, 96, seed=8)
@@ -209,12 +211,16 @@ def test_every_instruction_set_quantizes_activations_alike():
 @all_formats
 def test_packed_size_is_what_the_format_promises(format):
     linear = pack(ISAS[-1], format, random(64, 256))
-    bits = {"bf16": 16, "int8": 8.5, "int4": 5}[format]
+    bits = {
+        "bf16": 16, "fp8": 8 + 32 / 256, "int8": 8.5, "int8-channel": 8 + 32 / 256,
+        "int4": 5, "int4-g64": 4.5, "int4-g128": 4.25,
+        "int4-sym": 4.5, "int4-sym-g64": 4.25, "int4-sym-g128": 4.125,
+    }[format]  # fmt: skip
     assert linear.packed_bytes == 64 * 256 * bits / 8
 
 
 def test_an_instruction_set_or_format_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="instruction set sse9"):
         pack("sse9", "int4", random(1, 32))
-    with pytest.raises(ValueError, match="unknown format int3"):
+    with pytest.raises(ValueError, match="unknown format int3: choose from bf16, fp8"):
         pack("portable", "int3", random(1, 32))

@@ -10,6 +10,8 @@ BLOCKS = {  # values, bytes
     "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110),
     "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210),
 }  # fmt: skip
+FORMATS = ["bf16", "fp8", "int8", "int8-channel", "int4", "int4-g64", "int4-g128"]
+FORMATS += ["int4-sym", "int4-sym-g64", "int4-sym-g128"]
 # Where the fp16 numbers of a block lie.
 HALVES = {
     "F16": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
@@ -76,7 +78,7 @@ def test_dequantize_refuses_what_is_not_whole_blocks():
 @pytest.mark.parametrize(
     ("format", "block_type"),
     [("int4", "Q4_0"), ("int4", "Q4_1"), ("int8", "Q4_0"), ("int8", "Q5_0"), ("int8", "Q8_0"),
-     ("bf16", "BF16")],
+     ("int4-sym", "Q4_0"), ("bf16", "BF16")],
 )  # fmt: skip
 def test_formats_hold_these_block_types_exactly(format, block_type):
     values = BLOCKS[block_type][0]
@@ -104,25 +106,77 @@ def test_int4_keeps_the_quants_of_q4_k():
     assert (np.abs(result - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("distribution", ["normal", "laplace", "uniform", "outliers"])
-def test_int4_error_is_no_worse_than_plain_rounding_in_any_group(distribution):
+DISTRIBUTIONS = ["normal", "laplace", "uniform", "outliers"]
+
+
+def values_of(distribution: str) -> np.ndarray:
     rng = np.random.default_rng(3)
-    values = {
+    return {
         "normal": rng.standard_normal((64, 256)),
         "laplace": rng.laplace(size=(64, 256)),
         "uniform": rng.uniform(-1, 1, (64, 256)),
         "outliers": rng.standard_normal((64, 256)) * np.where(rng.random((64, 256)) < 0.02, 8, 1),
     }[distribution].astype(np.float32)  # fmt: skip
-    groups = values.reshape(-1, 32)
+
+
+def half(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float16).astype(np.float32)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_int4_error_is_no_worse_than_plain_rounding_in_any_group(distribution, group_size):
+    values = values_of(distribution)
+    groups = values.reshape(-1, group_size)
     low, high = groups.min(axis=1, keepdims=True), groups.max(axis=1, keepdims=True)
-    scale = ((high - low) / 15).astype(np.float16).astype(np.float32)
-    minimum = low.astype(np.float16).astype(np.float32)
+    scale, minimum = half((high - low) / 15), half(low)
     plain = np.clip(np.floor((groups - minimum) / scale + 0.5), 0, 15) * scale + minimum
     plain_error = np.square(plain - groups).sum(axis=1)
-    result = requantize_floats("int4", values).reshape(-1, 32)
+    name = "int4" if group_size == 32 else f"int4-g{group_size}"
+    result = requantize_floats(name, values).reshape(-1, group_size)
     error = np.square(result - groups).sum(axis=1)
     assert (error <= plain_error * 1.001 + 1e-7).all()
     assert error.sum() < plain_error.sum() * 0.97
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_symmetric_int4_error_is_no_worse_than_plain_rounding(distribution, group_size):
+    values = values_of(distribution)
+    groups = values.reshape(-1, group_size)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(axis=1)[:, None], axis=1)
+    scale = half(largest / -8)
+    plain = np.clip(np.rint(groups / scale), -8, 7) * scale
+    plain_error = np.square(plain - groups).sum(axis=1)
+    name = "int4-sym" if group_size == 32 else f"int4-sym-g{group_size}"
+    result = requantize_floats(name, values).reshape(-1, group_size)
+    error = np.square(result - groups).sum(axis=1)
+    assert (error <= plain_error * 1.001 + 1e-7).all()
+    assert error.sum() < plain_error.sum() * 0.97
+
+
+def test_fp8_is_the_nearest_e4m3_of_its_channel():
+    # Every value of the format: a sign, 4 bits of exponent, 3 of mantissa.
+    bits = np.arange(127)
+    exponent, mantissa = bits >> 3, bits & 7
+    positive = np.where(
+        exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0)
+    )
+    grid = np.concatenate([-positive[::-1], positive])
+    rng = np.random.default_rng(8)
+    values = rng.standard_normal((16, 300)) * 10.0 ** rng.uniform(-4, 0, (16, 300))
+    values = values.astype(np.float32)
+    scale = np.abs(values).max(axis=1, keepdims=True) / np.float32(448)
+    nearest = np.abs(values[:, :, None] / scale[:, :, None] - grid).min(axis=2)
+    error = np.abs(requantize_floats("fp8", values) - values) / scale
+    np.testing.assert_allclose(error, nearest, atol=1e-4)
+
+
+def test_int8_channel_error_is_at_most_half_a_step_of_the_channel():
+    values = np.random.default_rng(4).standard_normal((32, 160)).astype(np.float32)
+    step = np.abs(values).max(axis=1, keepdims=True) / 127
+    error = np.abs(requantize_floats("int8-channel", values) - values)
+    assert (error <= step * 0.5001).all()
 
 
 def test_int8_error_is_at_most_half_a_step():
@@ -142,7 +196,7 @@ def test_bf16_rounds_to_nearest_even():
     np.testing.assert_array_equal(result.view(np.uint32), expected)
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     "value", [0.0, 1.0, -1.0, 3e-8, -1e-6, 1e-30, 1e-45, 6e4, 3e38, -3e38], ids=str
 )
@@ -153,16 +207,17 @@ def test_groups_of_one_value_stay_finite_and_close(format, value):
         np.testing.assert_allclose(result, value, rtol=0.008, atol=6e-8)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS[1:])
 def test_values_of_extreme_range_stay_finite(format):
     values = np.random.default_rng(6).standard_normal((4, 64)).astype(np.float32)
     for factor in (1e-38, 1e-20, 1e-7, 1e4, 1e30, 1e38):
         assert np.isfinite(requantize_floats(format, values * np.float32(factor))).all()
 
 
-@pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_last_group_that_is_cut_short_is_as_accurate_as_a_whole_one(format):
     values = np.random.default_rng(7).standard_normal((5, 37)).astype(np.float32) + 3
     result = requantize_floats(format, values)
-    limit = {"bf16": 0.02, "int8": 0.03, "int4": 0.25}[format]
+    limits = {"bf16": 0.02, "fp8": 0.3, "int8": 0.03, "int8-channel": 0.03}
+    limit = limits.get(format, 0.6 if "sym" in format else 0.25)
     assert np.abs(result - values).max() < limit

@@ -170,7 +170,9 @@ def test_the_start_up_table_says_what_is_served(
         assert word in server.log, server.log
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize(
+    "quantization", ["none", "int8", "int4", "fp8", "int8-channel", "int4-g64"]
+)
 def test_every_quantization_answers(
     start_server: Callable[..., ServerProcess], quantization: str
 ) -> None:

@@ -67,7 +67,7 @@ class MtpModule(nn.Module):
             nn.init.normal_(matrix.weight, std=0.01)
 
     def unroll(self, hidden: Tensor, embedded: Tensor, depth: int) -> list[Tensor]:
-        """Normed outputs (B, L, D) of `depth` steps, each fed by the one before, as drafts are made.
+        """Normed outputs (B, L, D) of `depth` steps, each fed by the one before.
 
         `hidden` and `embedded` (B, L, D) are the target's states and the tokens after them. Step j
         at position p has read the target's states up to p - j; its first j positions mean nothing.

@@ -1,4 +1,4 @@
-"""Muon: momentum made orthogonal by Newton-Schulz iterations (Jordan et al., 2024), for matrices."""
+"""Muon: momentum made orthogonal by Newton-Schulz iterations (Jordan et al., 2024)."""
 
 import torch
 from torch import Tensor

@@ -127,6 +127,11 @@ def test_the_head_may_be_tied_by_the_config_or_by_its_absence() -> None:
         ("F16", "int4", "int4", "int8"),
         ("Q8_0", "int4", "int4", "int8"),
         ("Q4_1", "int4", "int4", "int4"),
+        ("Q4_0", "int4-sym", "int4-sym", "int4-sym"),
+        ("Q4_1", "int4-sym-g64", "int4-sym-g64", "int8"),
+        ("Q4_1", "int4-g128", "int4-g128", "int8"),
+        ("BF16", "int8-channel", "int8-channel", "int8-channel"),
+        ("BF16", "fp8", "fp8", "fp8"),
     ],
 )
 def test_formats_follow_the_block_type_or_the_option(
