@@ -53,8 +53,12 @@ async def closed_loop(
         index = (1 << 24) * (width + 1) + number
         while time.perf_counter() < end_s:
             prompt = source.prompt(index, options.prompt_words)
-            outcomes.append(await complete(session, target, prompt))
+            outcome = await complete(session, target, prompt)
+            outcomes.append(outcome)
             index += width
+            if outcome.error is not None:
+                # Refused: hammering at the server would measure something else.
+                await asyncio.sleep(min(1.0, outcome.retry_after_s or 1.0))
 
     began_s = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(width)))

@@ -111,8 +111,8 @@ def test_only_this_machine_may_ask_where_no_key_is_set(
 
 def test_what_cannot_work_is_a_400_that_says_why(optimizer: Optimizer) -> None:
     cases: list[tuple[dict[str, Any], str, str | None]] = [
-        ({"quantization": "int3"}, "choose auto", "quantization"),
-        ({"kv_dtype": "fp8"}, "choose auto", "kv_dtype"),
+        ({"quantization": "int3"}, "choose from auto", "quantization"),
+        ({"kv_dtype": "fp8"}, "choose from auto", "kv_dtype"),
         ({"max_model_len": 9000}, "made for 8192", "max_model_len"),
         ({"kv_memory": "lots"}, "is no size", "kv_memory"),
         ({"speed": 1}, "speed", "speed"),
