@@ -55,10 +55,10 @@ async def closed_loop(
             prompt = source.prompt(index, options.prompt_words)
             outcome = await complete(session, target, prompt)
             outcomes.append(outcome)
-            index += width
-            if outcome.error is not None:
-                # Refused: hammering at the server would measure something else.
-                await asyncio.sleep(min(1.0, outcome.retry_after_s or 1.0))
+            if outcome.error is None:
+                index += width
+            else:  # refused: the same again when the server said so
+                await asyncio.sleep(outcome.retry_after_s or 1.0)
 
     began_s = time.perf_counter()
     await asyncio.gather(*(client(number) for number in range(width)))

@@ -15,19 +15,9 @@ import fulcrum_core
 import msgspec
 
 from bench.shapes import Layer
+from engine.config import QUANTIZATIONS
 
-FORMATS = (
-    "bf16",
-    "fp8",
-    "int8",
-    "int8-channel",
-    "int4",
-    "int4-g64",
-    "int4-g128",
-    "int4-sym",
-    "int4-sym-g64",
-    "int4-sym-g128",
-)
+FORMATS = tuple("bf16" if level == "none" else level for level in QUANTIZATIONS[1:])
 USUAL_FORMATS = ("bf16", "int8", "int4")
 PEAKS = ("float32", "int8", "int4")
 _FORMAT_PEAK = {

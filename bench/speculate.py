@@ -62,7 +62,7 @@ def read_prompts(path: Path, per_group: int | None) -> list[Prompt]:
 
 
 def _with_mode(target: Target, mode: str) -> Target:
-    fulcrum = {"speculation": mode, "include_stats": True}
+    fulcrum = {"speculation": mode, "usage": True}
     return msgspec.structs.replace(target, extra=target.extra | {"fulcrum": fulcrum})
 
 

@@ -120,8 +120,8 @@ def _figures(answers: Sequence[Answer], off_rate: float) -> GroupFigures:
         tokens_per_step=_output_tokens(answers) / max(num_steps, 1),
         decode_tokens_per_s=rate,
         speedup=rate / off_rate if off_rate else 0.0,
-        num_drafted=_total(answers, "num_drafted"),
-        num_accepted=_total(answers, "num_accepted"),
+        num_drafted=_total(answers, "drafted_tokens"),
+        num_accepted=_total(answers, "accepted_tokens"),
         accepted_by_position=[count / max(num_steps, 1) for count in accepted],
     )
 

@@ -31,6 +31,8 @@ class BoundBuffers {
     arrays_[name] = std::move(array);
   }
 
+  void remove(const std::string& name) { arrays_.erase(name); }
+
   // Fills `pointer` and returns the leading dimension; 0 where an optional buffer is absent.
   template <typename T>
   int64_t get(const std::string& name, const T** pointer, int64_t width = 0) const {
@@ -72,6 +74,8 @@ class BoundModel {
 
   void bind(const py::kwargs& buffers) {
     BoundBuffers next = buffers_;
+    // Another batch's hidden states are not written on with this one's rows.
+    if (buffers.contains("token_ids")) next.remove("hidden");
     for (const auto& [name, array] : buffers) {
       next.add(name.cast<std::string>(), array.cast<py::array>());
     }

@@ -46,7 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:
             raise ConfigError(
-                f"--quantization {self.quantization}: choose from {', '.join(QUANTIZATIONS)}"
+                f"--quantization {self.quantization}: choose {', '.join(QUANTIZATIONS)}"
             )
         if self.kv_dtype not in ("auto", "bf16", "int8"):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")
@@ -54,6 +54,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
         if self.speculation not in ("auto", "off", "ngram", "mtp"):
             raise ConfigError(f"--speculation {self.speculation}: choose auto, off, ngram or mtp")
+        if self.mtp_head is not None and self.speculation not in ("auto", "mtp"):
+            raise ConfigError(
+                f"--mtp-head {self.mtp_head}: needs --speculation auto or mtp, not "
+                f"{self.speculation}"
+            )
         for name, value in (
             ("--max-sequences", self.max_sequences),
             ("--max-step-tokens", self.max_step_tokens),

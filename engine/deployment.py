@@ -35,7 +35,11 @@ class Deployment(msgspec.Struct, frozen=True):
         the rest is known only roughly and taken as planned where it cannot be.
         """
         ledger = measured_ledger(self.loaded.core, self.loaded.num_kv_blocks)
-        return replace(ledger, runtime_bytes=self.loaded.ledger.runtime_bytes)
+        return replace(
+            ledger,
+            draft_bytes=self.loaded.speculation.memory_bytes(self.config.max_sequences),
+            runtime_bytes=self.loaded.ledger.runtime_bytes,
+        )
 
 
 def deploy(

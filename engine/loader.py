@@ -15,6 +15,7 @@ from typing import Any
 
 import fulcrum_core
 import msgspec
+from msgspec.structs import replace
 
 from engine.checkpoint import safetensors
 from engine.checkpoint.gguf import GgufFile
@@ -29,7 +30,7 @@ from engine.models.core_config import core_config
 from engine.models.settings import Settings
 from engine.models.spec import ModelSpec
 from engine.models.weights import WeightPlan, load_vectors, submit_matrices
-from engine.speculation.load import load_speculation
+from engine.speculation.load import load_speculation, planned_draft_bytes
 from engine.speculation.setup import Speculation
 from engine.tokenizer.chat_template import (
     ChatTemplate,
@@ -184,15 +185,20 @@ def plan_headers(
     config: EngineConfig, headers: ModelHeaders, available_bytes: int | None = None
 ) -> DeploymentPlan:
     """What `config` would make of these headers; see `plan_deployment`."""
-    return plan_deployment(
+    spec, tensors = headers.checkpoint.spec, headers.checkpoint.tensors
+    plan = plan_deployment(
         config,
-        headers.checkpoint.spec,
-        headers.checkpoint.tensors,
+        spec,
+        tensors,
         source=str(headers.resolved.path),
         isa=headers.isa,
         num_threads=headers.num_threads,
         available_bytes=available_bytes,
     )
+    draft_bytes = planned_draft_bytes(
+        config, spec, tensors, plan.context, headers.isa, headers.num_threads
+    )
+    return replace(plan, ledger=replace(plan.ledger, draft_bytes=draft_bytes))
 
 
 def _fill(

@@ -16,6 +16,7 @@ from engine.migration import Former, Park, Switch, SwitchError, joined_load
 from engine.runner import EngineSettings, Runner, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
+from engine.speculation.report import SpeculationReport, report
 from engine.speculation.setup import OFF, Speculation
 from engine.types import Abort, EngineLoad, FinishReason, StepReport, Submit, TokenEvent
 
@@ -49,6 +50,7 @@ class Engine:
         self._change_until_s = 0.0
         self._is_parked = False
         self._inbox: deque[Submit | Abort | Switch | Park] = deque()
+        self._inquiries: deque[Future[SpeculationReport]] = deque()
         self._wake = threading.Event()
         # Guards the inbox against its end: a message is either read by the thread or refused.
         self._inbox_lock = threading.Lock()
@@ -89,6 +91,17 @@ class Engine:
         Sequences that have not ended wait, and so does whatever is submitted meanwhile.
         """
         return self._request_change(Park(grace_s))
+
+    def speculation(self) -> Future[SpeculationReport]:
+        """What speculation does now and why; answered between two steps. Callable anywhere."""
+        request: Future[SpeculationReport] = Future()
+        with self._inbox_lock:
+            if self._closed_with is None:
+                self._inquiries.append(request)
+            else:
+                request.cancel()
+        self._wake.set()
+        return request
 
     def submit(self, message: Submit) -> None:
         """Queue a sequence; callable from any thread. After the end it is answered at once."""
@@ -144,10 +157,22 @@ class Engine:
         except Exception as error:
             log.exception("the engine thread ends")
             self._close(f"the engine failed: {error!r}")
+        # Whoever asked after the last turn is not left waiting.
+        with self._inbox_lock:
+            for request in self._inquiries:
+                request.cancel()
+
+    def _answer_inquiries(self) -> None:
+        while self._inquiries:
+            request = self._inquiries.popleft()
+            # One who has gone away has cancelled it.
+            if request.set_running_or_notify_cancel():
+                request.set_result(report(self._runner.speculator.policy))
 
     def _turn(self) -> bool:
         """Handle the inbox and compute one step, or wait for work; false at the end."""
         self._heartbeat_s = time.monotonic()
+        self._answer_inquiries()
         if self._has_nothing_to_do() and not self._inbox:
             return self._wait()
         self._is_idle = False

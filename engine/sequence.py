@@ -99,9 +99,8 @@ class Sequence:
         error: str | None = None,
     ) -> TokenEvent:
         """Make the next event of this sequence; the first one carries what is said only once."""
-        drafts = None
-        if self.draft_stats is not None and finish_reason is not None:
-            drafts = self.draft_stats.summary()
+        # In every event: the server may end a sequence, at a stop string, before the engine does.
+        drafts = None if self.draft_stats is None else self.draft_stats.summary()
         if self.reported:
             return TokenEvent(
                 self.seq_id, token_ids, finish_reason, logprobs, error=error, drafts=drafts

@@ -103,7 +103,7 @@ class TokenEvent(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first event
     queued_s: float | None = None  # arrival to first scheduling; set on the first event
     error: str | None = None  # with finish_reason "error"
-    drafts: DraftSummary | None = None  # on the last event, where it was asked for
+    drafts: DraftSummary | None = None  # so far, where it was asked for
 
 
 class EngineLoad(msgspec.Struct, frozen=True):

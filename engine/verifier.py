@@ -49,9 +49,9 @@ def accept_rows(
             break
     # Rejected drafts stay in the cache beyond this point; the next step overwrites them.
     seq.num_computed_tokens = len(seq.token_ids) - 1
-    seq.draft_ids = []
     if seq.draft_stats is not None:
-        seq.draft_stats.count_step()
+        seq.draft_stats.count_step(sum(map(int.__eq__, emitted, seq.draft_ids)))
+    seq.draft_ids = []
     return seq.event(
         tuple(emitted), finish_reason, tuple(logprobs) if num_logprobs is not None else None
     )

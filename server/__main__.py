@@ -76,6 +76,7 @@ def _served(loaded: LoadedModel, name: str | None) -> ServedModel:
         chat_template=loaded.chat_template,
         max_model_len=loaded.max_model_len,
         fingerprint=loaded.fingerprint,
+        drafters=loaded.speculation.drafters,
         vocab_size=min(loaded.spec.vocab_size, loaded.tokenizer.vocab_size),
         defaults=msgspec.convert(
             loaded.generation_defaults, GenerationDefaults, from_attributes=True

@@ -91,7 +91,7 @@ def _refuse_place(
     if num_missing <= 0:
         return None
     # A place is free when a sequence has ended: at full concurrency, one after each share of work.
-    rate_s = costs.mean_output_tokens * costs.step_s(limits.max_sequences) / limits.max_sequences
+    rate_s = costs.mean_output_tokens * costs.decode_s(limits.max_sequences) / limits.max_sequences
     return Reject(429, "queue_full", min(_MAX_RETRY_S, num_missing * rate_s), seen)
 
 
@@ -128,6 +128,8 @@ def _refuse_deadline(ask: Ask, seen: Forecast) -> Reject | None:
 
 def num_to_shed(load: Load, condition: Condition, limits: Limits) -> int:
     """How many sequences are open beyond what a derated device can be asked for."""
-    if condition.status == "draining":
-        return 0  # what runs may finish; nothing says that it cannot
+    if condition.status != "derated":
+        # A draining device may finish what runs; nothing says that it cannot. And an operator who
+        # lowers the limits of a sound one is patient with those who are in.
+        return 0
     return max(0, load.num_open - limits.scaled(condition.factor).capacity)

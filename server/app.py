@@ -14,7 +14,17 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from server import auth, chat, completions, control, models, openapi, operations, page
+from server import (
+    auth,
+    chat,
+    completions,
+    control,
+    models,
+    openapi,
+    operations,
+    page,
+    speculation,
+)
 from server.connection import CONNECTIONS, Connections
 from server.engine_client import EngineClient, EngineFactory
 from server.errors import ApiError
@@ -99,6 +109,7 @@ def create_app(
             web.get("/metrics", operations.metrics),
             web.get("/version", operations.version),
             web.get("/v1/telemetry", operations.telemetry),
+            web.get("/v1/speculation", speculation.speculation),
             web.get("/openapi.json", openapi.openapi),
         ]
     )

@@ -23,6 +23,7 @@ from server.sampling import (
     stop_strings,
 )
 from server.served import ServedModel
+from server.speculation import check_drafter
 from server.sse import DONE, stream_events
 from server.stream import Delta
 from server.tokens import CHARS_PER_LOGPROB, run_sized, spelling
@@ -37,6 +38,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     model = request.app[MODEL]
     check_model(model, body.model)
     _check_fields(body)
+    check_drafter(model, body.fulcrum)
     stops = stop_strings(body.stop)
     generation = request.app[CLIENT].open(arrival(request, raw, body), num_choices(body.n))
     try:
@@ -44,7 +46,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         params = _params(body, model, len(prompt))
         seeded = body.seed is not None
         choices = [for_choice(params, i, seeded=seeded) for i in range(num_choices(body.n))]
-        generation.submit([prompt], [choices], stops=stops)
+        generation.submit([prompt], [choices], stops=stops, options=body.fulcrum)
         if body.stream:
             framer = ChatFramer(body, model, generation)
             return await stream_events(request, generation, framer)

@@ -22,6 +22,7 @@ from server.sampling import (
     stop_strings,
 )
 from server.served import ServedModel
+from server.speculation import check_drafter
 from server.sse import DONE, stream_events
 from server.stream import Delta
 from server.tokens import CHARS_PER_LOGPROB, run_sized
@@ -37,6 +38,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     model = request.app[MODEL]
     check_model(model, body.model)
     _check_fields(body)
+    check_drafter(model, body.fulcrum)
     stops = stop_strings(body.stop)
     num_per_prompt = num_choices(body.n)
     num_sequences = num_prompts(body.prompt) * num_per_prompt
@@ -56,7 +58,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
                 for given, ids in zip(texts_or_ids, prompts, strict=True)
             ],
         )
-        generation.submit(prompts, choices, stops=stops, hide_output=body.max_tokens == 0)
+        generation.submit(
+            prompts,
+            choices,
+            stops=stops,
+            hide_output=body.max_tokens == 0,
+            options=body.fulcrum,
+        )
         answer = CompletionAnswer(body, model, generation, echoes)
         if body.stream:
             return await stream_events(request, generation, answer)

@@ -227,14 +227,17 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
 
     def adopt(deployment: Deployment, max_model_len: int) -> None:
         model, gate = app[MODEL], app[CLIENT].gate
+        loaded = deployment.loaded
+        if model.fingerprint != loaded.fingerprint:
+            gate.costs.renew()
         model.max_model_len = max_model_len
-        model.fingerprint = deployment.loaded.fingerprint
+        model.fingerprint = loaded.fingerprint
+        model.num_kv_blocks = loaded.num_kv_blocks
         gate.limits = msgspec.structs.replace(
             gate.limits,
             max_sequences=deployment.config.max_sequences,
             max_step_tokens=deployment.config.max_step_tokens,
-            num_blocks=deployment.loaded.num_kv_blocks,
-            block_size=deployment.loaded.core.block_size,
+            num_blocks=loaded.num_kv_blocks,
         )
 
     def on_change(deployment: Deployment, max_model_len: int) -> None:

@@ -15,6 +15,8 @@ _MAX_STEP_RATIO = 4.0
 _MIN_STEPS_TO_CLIP = 8
 # Predictions below this say nothing about how good predictions are.
 _MIN_PREDICTION_S = 0.02
+# More than any drafter drafts: the step computed a preempted sequence again.
+_MAX_VERIFIED = 32
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -25,6 +27,9 @@ class Costs(msgspec.Struct, frozen=True):
     mean_prompt_tokens: float = 64.0
     uncached_share: float = 1.0  # of the prompts' tokens, that had to be computed
     ttft_scale: float = 1.0  # observed over predicted
+    # Of a decoding sequence in a step: drafts are verified, and accepted ones emitted, together.
+    tokens_per_step: float = 1.0
+    verified_per_step: float = 1.0
 
     def step_s(self, num_tokens: float) -> float:
         """Seconds of a step of so many tokens; never less than of a smaller step."""
@@ -40,6 +45,10 @@ class Costs(msgspec.Struct, frozen=True):
         high_tokens, high_s = points[index]
         share = (num_tokens - low_tokens) / (high_tokens - low_tokens)
         return low_s + share * (high_s - low_s)
+
+    def decode_s(self, num_sequences: float) -> float:
+        """Seconds for a token of each of so many sequences, prompts aside."""
+        return self.step_s(num_sequences * self.verified_per_step) / self.tokens_per_step
 
 
 class _Mean:
@@ -62,14 +71,29 @@ class CostModel:
 
     def __init__(self) -> None:
         prior = Costs()
-        self._tokens: dict[int, _Mean] = {}
-        self._seconds: dict[int, _Mean] = {}
+        self._begin_steps(())
         # The priors count as a few requests.
         self._output_tokens = _Mean(_REQUEST_WEIGHT, prior.mean_output_tokens, 2)
         self._prompt_tokens = _Mean(_REQUEST_WEIGHT, prior.mean_prompt_tokens, 2)
         self._uncached = _Mean(_REQUEST_WEIGHT, prior.uncached_share, 2)
-        self._ttft_scale = _Mean(_REQUEST_WEIGHT, prior.ttft_scale, 4)
         self._costs: Costs | None = prior
+
+    def renew(self) -> None:
+        """Forget what steps cost: another setting computes them from now on.
+
+        The former costs hold until its first step: to know nothing would let everybody in.
+        """
+        self._begin_steps(self.costs.step_points)
+
+    def _begin_steps(self, former_points: tuple[tuple[float, float], ...]) -> None:
+        prior = Costs()
+        self._former_points = former_points
+        self._tokens: dict[int, _Mean] = {}
+        self._seconds: dict[int, _Mean] = {}
+        self._emitted = _Mean(_STEP_WEIGHT, prior.tokens_per_step)
+        self._verified = _Mean(_STEP_WEIGHT, prior.verified_per_step)
+        self._ttft_scale = _Mean(_REQUEST_WEIGHT, prior.ttft_scale, 4)
+        self._costs = None
 
     @property
     def costs(self) -> Costs:
@@ -80,6 +104,8 @@ class CostModel:
                 self._prompt_tokens.value,
                 self._uncached.value,
                 self._ttft_scale.value,
+                self._emitted.value,
+                self._verified.value,
             )
         return self._costs
 
@@ -93,6 +119,15 @@ class CostModel:
             step_s = min(step_s, _MAX_STEP_RATIO * seconds.value)
         seconds.add(step_s)
         self._tokens[size].add(num_tokens)
+        self._costs = None
+
+    def observe_decode(
+        self, num_sequences: int, num_emitted: int, num_step_tokens: int | None
+    ) -> None:
+        """What a step gave to the sequences that decoded; None where it computed prompts, too."""
+        self._emitted.add(num_emitted / num_sequences)
+        if num_step_tokens is not None and num_step_tokens <= _MAX_VERIFIED * num_sequences:
+            self._verified.add(num_step_tokens / num_sequences)
         self._costs = None
 
     def observe_first_token(
@@ -112,6 +147,8 @@ class CostModel:
         self._costs = None
 
     def _step_points(self) -> tuple[tuple[float, float], ...]:
+        if not self._seconds:
+            return self._former_points
         points: list[tuple[float, float]] = []
         for size in sorted(self._seconds):
             # Noise must not make a larger step look cheaper.

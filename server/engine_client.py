@@ -9,8 +9,10 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Literal, Protocol
 
+from engine.speculation.report import SpeculationReport
 from engine.tokenizer.protocol import Tokenizer
 from engine.types import EngineLoad, SamplingParams, StepReport, Submit, TokenEvent
 from server.admission import Load, num_to_shed
@@ -33,6 +35,7 @@ class EngineThread(Protocol):
     def stop(self, grace_s: float, /) -> object: ...
     def heartbeat_age_s(self) -> float: ...
     def is_alive(self) -> bool: ...
+    def speculation(self) -> Future[SpeculationReport]: ...
 
 
 EngineFactory = Callable[[Callable[[StepReport], None]], EngineThread]
@@ -98,6 +101,18 @@ class EngineClient:
         if self._engine is None or not self._engine.is_alive():
             return "engine dead"
         return "engine stale" if self._engine.heartbeat_age_s() > self._stale_s else "ok"
+
+    async def speculation(self) -> SpeculationReport:
+        """What the engine thread says of speculation; raises a 503 where it has ended."""
+        if self._engine is not None and self._engine.is_alive():
+            inquiry = self._engine.speculation()
+            try:
+                return await asyncio.wrap_future(inquiry)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise  # the client went away
+        raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
     def check(self) -> None:
         """Look for what no event tells of: a dead engine, a device in trouble."""
@@ -241,7 +256,7 @@ class EngineClient:
         self.load = report.load
         self._metrics.observe_step(report)
         if report.num_step_tokens:
-            self.gate.costs.observe_step(report.num_step_tokens, report.step_s)
+            self._learn_step(report)
         for event in report.events:
             entry = self._streams.get(event.seq_id)
             if entry is None:
@@ -265,6 +280,23 @@ class EngineClient:
                 self._end(stream, event, now_s)
             elif was_open and stream.finish_reason == "stop":
                 self.abort(stream.seq_id)  # a stop string: the engine does not know of it
+
+    def _learn_step(self, report: StepReport) -> None:
+        costs = self.gate.costs
+        costs.observe_step(report.num_step_tokens, report.step_s)
+        num_decoding = num_ended = num_emitted = 0
+        for event in report.events:
+            entry = self._streams.get(event.seq_id)
+            # First tokens come from steps that compute prompts.
+            if entry is not None and event.token_ids and entry[1].last_token_s is not None:
+                num_decoding += 1
+                num_ended += event.finish_reason is not None
+                num_emitted += len(event.token_ids)
+        if num_decoding:
+            is_all = num_decoding - num_ended == report.load.num_running
+            costs.observe_decode(
+                num_decoding, num_emitted, report.num_step_tokens if is_all else None
+            )
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]

@@ -91,15 +91,18 @@ def forecast(
     ahead.sort(key=_rank_s)
     num_ahead_tokens = 0.0
     for seq in ahead:
-        lanes.start(_blocks_of(seq, costs, limits), _remaining(seq, costs))
+        lanes.start(_blocks_of(seq, costs, limits), _remaining_steps(seq, costs))
         num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
     # Whoever is there beside it, whenever they start: fewer blocks must not look like less company.
     num_decoding = min(lanes.num_held + len(ahead), limits.max_sequences)
     start_step = 0.0
     for _ in range(ask.num_sequences):
-        start_step = lanes.start(own_blocks, num_output)
+        start_step = lanes.start(own_blocks, num_output / costs.tokens_per_step)
     # Choices of one prompt share its keys and values: it is computed once.
     num_own_tokens = max(1.0, num_prompt * costs.uncached_share)
+    num_work_tokens = num_own_tokens
+    if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
+        num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
     wait_s = max(
         start_step * costs.step_s(_steady_tokens(num_decoding, costs)),
         _prefill_s(num_ahead_tokens, num_decoding, costs, limits),
@@ -107,14 +110,15 @@ def forecast(
     ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
     width = min(limits.max_sequences, num_decoding + ask.num_sequences)
     idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
-    share_s = costs.step_s(limits.max_sequences) / limits.max_sequences
-    mixed_s = costs.step_s(MIXED_STEP_TOKENS + limits.max_sequences)
-    prompt_token_s = (mixed_s - costs.step_s(limits.max_sequences)) / MIXED_STEP_TOKENS
+    share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
+    num_full_tokens = limits.max_sequences * costs.verified_per_step
+    mixed_s = costs.step_s(MIXED_STEP_TOKENS + num_full_tokens)
+    prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / MIXED_STEP_TOKENS
     return Forecast(
         ttft_s=ttft_s,
-        end_s=ttft_s + (num_output - 1) * costs.step_s(width),
-        idle_end_s=idle_ttft_s + (num_output - 1) * costs.step_s(ask.num_sequences),
-        work_s=ask.num_sequences * num_output * share_s + num_own_tokens * prompt_token_s,
+        end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
+        idle_end_s=idle_ttft_s + (num_output - 1) * costs.decode_s(ask.num_sequences),
+        work_s=ask.num_sequences * num_output * share_s + num_work_tokens * prompt_token_s,
         num_blocks=own_blocks * ask.num_sequences,
         starts_now=start_step == 0,
     )
@@ -136,7 +140,7 @@ class _Lanes:
         """A sequence that runs: it has its lane whatever the limits say."""
         num_blocks = _blocks_of(seq, self._costs, self._limits)
         self.num_held += 1
-        self._take(num_blocks, _remaining(seq, self._costs))
+        self._take(num_blocks, _remaining_steps(seq, self._costs))
 
     def start(self, num_blocks: int, num_steps: float) -> float:
         """Step at which a new sequence gets a lane and its blocks."""
@@ -164,14 +168,18 @@ def _prefill_s(num_tokens: float, num_decoding: int, costs: Costs, limits: Limit
     if num_decoding:
         chunk = min(chunk, max(MIXED_STEP_TOKENS - num_decoding, MIN_MIXED_CHUNK))
     num_full, rest = divmod(num_tokens, chunk)
-    full_s = num_full * costs.step_s(chunk + num_decoding) if num_full else 0.0
-    return full_s + (costs.step_s(rest + num_decoding) if rest else 0.0)
+    num_beside = num_decoding * costs.verified_per_step
+    full_s = num_full * costs.step_s(chunk + num_beside) if num_full else 0.0
+    return full_s + (costs.step_s(rest + num_beside) if rest else 0.0)
 
 
 def _steady_tokens(num_decoding: int, costs: Costs) -> float:
     """Tokens of a mean step while one sequence follows the other."""
-    per_sequence = costs.mean_prompt_tokens * costs.uncached_share / costs.mean_output_tokens
-    return min(num_decoding * (1 + per_sequence), max(MIXED_STEP_TOKENS, num_decoding))
+    num_steps = costs.mean_output_tokens / costs.tokens_per_step
+    per_sequence = costs.mean_prompt_tokens * costs.uncached_share / num_steps
+    num_drafts = num_decoding * (costs.verified_per_step - 1)
+    mixed = min(num_decoding * (1 + per_sequence), max(MIXED_STEP_TOKENS, num_decoding))
+    return mixed + num_drafts
 
 
 def _expected_output(
@@ -185,9 +193,9 @@ def _expected_output(
     return max(1.0, expected if max_tokens is None else min(expected, max_tokens))
 
 
-def _remaining(seq: OpenSequence, costs: Costs) -> float:
+def _remaining_steps(seq: OpenSequence, costs: Costs) -> float:
     total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
-    return max(1.0, total - seq.num_output_tokens)
+    return max(1.0, (total - seq.num_output_tokens) / costs.tokens_per_step)
 
 
 def _blocks_of(seq: OpenSequence, costs: Costs, limits: Limits) -> int:

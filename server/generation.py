@@ -6,6 +6,8 @@ what still runs, which is how a client that goes away frees its blocks.
 
 import asyncio
 import time
+from collections import Counter
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET
@@ -48,6 +50,7 @@ class Generation:
         *,
         stops: tuple[str, ...] = (),
         hide_output: bool = False,
+        options: FulcrumOptions | None = None,
     ) -> None:
         """Send every prompt to the engine, once for each of its choices' parameters.
 
@@ -58,6 +61,7 @@ class Generation:
             raise self._error
         self.predicted_ttft_s = self._client.confirm(self, prompts, choices)
         arrival = self.arrival
+        options = options or FulcrumOptions()
         self._num_choices = len(choices[0])
         for prompt, params_by_choice in zip(prompts, choices, strict=True):
             prompt_ids = tuple(prompt)
@@ -78,7 +82,13 @@ class Generation:
                 self._num_unfinished += 1
                 self._num_reserved -= 1  # the client keeps the place until the engine is done
                 message = Submit(
-                    stream.seq_id, prompt_ids, params, arrival.arrived_at_s, arrival.priority
+                    stream.seq_id,
+                    prompt_ids,
+                    params,
+                    arrival.arrived_at_s,
+                    arrival.priority,
+                    drafter=options.speculation,
+                    wants_draft_stats=options.usage,
                 )
                 self._client.submit(self, stream, message)
 
@@ -193,11 +203,21 @@ class Generation:
             prefill_s = max(prefill_s, stream.first_token_s - stream.submitted_s - stream.queued_s)
             decode_s = max(decode_s, stream.newest_token_s - stream.first_token_s)
         queue_s = max((stream.queued_s for stream in self.streams), default=0.0)
+        drafts = [stream.drafts for stream in self.streams if stream.drafts is not None]
+        by_position = [summary.accepted_by_position for summary in drafts]
+        drafters: Counter[str] = Counter()
+        for summary in drafts:
+            drafters.update(summary.drafters)
         return FulcrumUsage(
             queue_ms=round(1e3 * queue_s, 3),
             prefill_ms=round(1e3 * prefill_s, 3),
             decode_ms=round(1e3 * decode_s, 3),
             cached_tokens=num_cached,
+            num_steps=sum(summary.num_steps for summary in drafts),
+            drafted_tokens=sum(summary.num_drafted for summary in drafts),
+            accepted_tokens=sum(summary.num_accepted for summary in drafts),
+            accepted_by_position=[sum(counts) for counts in zip_longest(*by_position, fillvalue=0)],
+            drafters=dict(drafters),
         )
 
     def _abort_unfinished(self) -> None:

@@ -68,10 +68,10 @@ async def health(request: web.Request) -> web.Response:
     With `?check=live`, whether the process answers; with `?check=engine`, whether steps return.
     """
     answer = telemetry_report.health(request.app[CLIENT], request.app[POLLER])
-    is_healthy = answer["status"] in ("ok", "degraded")
+    is_healthy = answer.status in ("ok", "degraded")
     check = request.query.get("check")
     if check == "engine":
-        is_healthy = not str(answer["status"]).startswith("engine")
+        is_healthy = not answer.status.startswith("engine")
     return json_response(answer, 200 if is_healthy or check == "live" else 503)
 
 

@@ -16,7 +16,8 @@ _EARLY_S = 0.05  # a client's clock and the network are not exact
 _LATE_S = 5.0
 _LATE_SHARE = 0.25  # of the time to wait: clients add jitter in proportion
 _KEPT_WEIGHT = 0.05
-_MIN_KEPT_SHARE = 0.1
+# Who kept away so far may come next time: overbooking has a limit.
+_MIN_KEPT_SHARE = 0.5
 
 
 def digest(sender: str, body: bytes) -> bytes:

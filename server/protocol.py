@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from engine.types import DrafterChoice
 from server.errors import ApiError, invalid
 
 T = TypeVar("T")
@@ -41,6 +42,7 @@ class FulcrumOptions(msgspec.Struct, forbid_unknown_fields=True):
     """What is asked of this server alone."""
 
     usage: bool = False  # add `fulcrum` to the answer's usage
+    speculation: DrafterChoice = "auto"  # who may draft; the text is the same
 
 
 class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -131,8 +133,11 @@ class FulcrumUsage(msgspec.Struct):
     prefill_ms: float  # from there to the first token
     decode_ms: float  # from the first token to the last
     cached_tokens: int
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
+    num_steps: int  # that sampled tokens, of all choices together, as the rest
+    drafted_tokens: int
+    accepted_tokens: int
+    accepted_by_position: list[int]
+    drafters: dict[str, int]  # accepted tokens by drafter
 
 
 class Usage(msgspec.Struct):

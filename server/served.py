@@ -38,6 +38,7 @@ class ServedModel(msgspec.Struct, kw_only=True):
     chat_template: ChatEncoder | None
     max_model_len: int
     fingerprint: str  # identifies weights and settings; `system_fingerprint` in answers
+    drafters: tuple[str, ...] = ()  # that requests may name
     vocab_size: int  # ids below it can be computed; a tokenizer may know more
     defaults: GenerationDefaults = GenerationDefaults()
     num_kv_blocks: int = 0  # 0: not known

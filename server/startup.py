@@ -5,6 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from engine.loader import LoadedModel
+from engine.speculation.setup import Speculation
 from server.logs import LogFormat
 
 
@@ -30,6 +31,9 @@ def start_table(loaded: LoadedModel, name: str, log_format: LogFormat) -> Callab
             "max_model_len_reason": loaded.max_model_len_reason,
             "threads": loaded.num_threads,
             "isa": loaded.isa,
+            "speculation": loaded.speculation.mode,
+            "drafters": loaded.speculation.drafters,
+            "drafters_unavailable": loaded.speculation.unavailable,
         }
         return lambda address: msgspec.json.encode(fields | {"address": address}).decode()
     rows = (
@@ -45,9 +49,17 @@ def start_table(loaded: LoadedModel, name: str, log_format: LogFormat) -> Callab
         ("max length", f"{loaded.max_model_len} tokens ({loaded.max_model_len_reason})"),
         ("threads", str(loaded.num_threads)),
         ("ISA", loaded.isa),
+        ("speculation", _drafters(loaded.speculation)),
     )
 
     def with_address(address: str) -> str:
         return "\n".join(f"{label:<11} {value}" for label, value in (*rows, ("address", address)))
 
     return with_address
+
+
+def _drafters(speculation: Speculation) -> str:
+    if speculation.mode == "off":
+        return "off (--speculation)"
+    missing = "".join(f"; no {name}: {why}" for name, why in speculation.unavailable.items())
+    return f"{speculation.mode}: {', '.join(speculation.drafters)}{missing}"

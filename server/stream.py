@@ -9,7 +9,7 @@ import time
 from collections import deque
 
 from engine.tokenizer.protocol import Detokenizer
-from engine.types import TokenEvent, TokenLogprobs
+from engine.types import DraftSummary, TokenEvent, TokenLogprobs
 from server.stop_strings import StopMatcher
 
 
@@ -58,6 +58,7 @@ class Stream:
         self.seq_id = seq_id
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
+        self.drafts: DraftSummary | None = None
         self.num_tokens = 0  # generated, the one that ended the sequence included
         self.num_events = 0  # steps of the engine that gave something
         self.max_tokens = 1
@@ -100,6 +101,8 @@ class Stream:
         if event.prompt_logprobs is not None:
             self._delta.prompt_logprobs = event.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        if event.drafts is not None:
+            self.drafts = event.drafts
         self._note_times(event)
         if not self._hide_output:
             self._push_tokens(event)

@@ -40,6 +40,7 @@ LAYER_NAMES: Mapping[str, str] = {
 }
 DRAFT_IDS_NAME = "draft_token_ids"
 _CONFIG_NAME = "config.json"
+_FORMAT = "int8"  # of all matrices: a draft need not be exact, but half the bytes is half the time
 _MATRICES = frozenset(("input_projection", "q", "k", "v", "attention_output", "gate", "up", "down"))
 
 
@@ -114,20 +115,14 @@ def load_module(
     tensors: Mapping[str, StoredTensor],
     head: MtpHead,
     num_kv_blocks: int,
-    format: str = "int8",
 ) -> fulcrum_core.Model:
     """Make the core's module beside its target, whose threads, embedding and head it shares.
 
     `tensors` are the target's. Raises CheckpointError where the module does not fit it.
     """
-    module_spec = replace(
-        spec, num_layers=1, layer_windows=(0,), layer_rope_index=spec.layer_rope_index[-1:]
-    )
-    config = core_config(module_spec)
-    config.reads_hidden = True
-    module = fulcrum_core.Model(config, target)
+    module = fulcrum_core.Model(module_config(spec), target)
     for slot, tensor in head.tensors.items():
-        _load(module, slot, tensor, format)
+        _load(module, slot, tensor)
     if head.draft_ids is not None:
         _load_head_rows(module, spec, tensors, head.draft_ids)
     module.share_embedding(target)
@@ -136,7 +131,30 @@ def load_module(
     return module
 
 
-def _load(module: Any, slot: str, tensor: StoredTensor, format: str) -> None:
+def module_config(spec: ModelSpec) -> fulcrum_core.Config:
+    """The core's form of a module beside a target of this spec."""
+    one_layer = replace(
+        spec, num_layers=1, layer_windows=(0,), layer_rope_index=spec.layer_rope_index[-1:]
+    )
+    config = core_config(one_layer)
+    config.reads_hidden = True
+    return config
+
+
+def module_weights_bytes(head: MtpHead, spec: ModelSpec, isa: str) -> int:
+    """Bytes of a module's own weights, packed: what `load_module` will take."""
+    num_bytes = 0
+    for slot, tensor in head.tensors.items():
+        if slot in _MATRICES:
+            num_bytes += fulcrum_core.packed_bytes(isa, _FORMAT, *tensor.shape)
+        else:
+            num_bytes += tensor.num_values * 4
+    if head.draft_ids is not None:
+        num_bytes += fulcrum_core.packed_bytes(isa, _FORMAT, len(head.draft_ids), spec.hidden_size)
+    return num_bytes
+
+
+def _load(module: Any, slot: str, tensor: StoredTensor) -> None:
     layer = -1 if slot in MODULE_NAMES else 0
     try:
         if slot not in _MATRICES:
@@ -145,7 +163,7 @@ def _load(module: Any, slot: str, tensor: StoredTensor, format: str) -> None:
         if len(tensor.shape) != 2:
             raise ValueError("is no matrix")
         rows, cols = tensor.shape
-        module.load_matrix(slot, layer, tensor.block_type, tensor.data, rows, cols, format)
+        module.load_matrix(slot, layer, tensor.block_type, tensor.data, rows, cols, _FORMAT)
     except ValueError as error:
         raise CheckpointError(f"{tensor.path}: tensor {tensor.name}: {error}") from error
 
@@ -167,5 +185,5 @@ def _load_head_rows(
     chosen = np.ascontiguousarray(matrix.data.reshape(rows, row_bytes)[draft_ids])
     module.set_head_ids(draft_ids)
     module.load_matrix(
-        "output", -1, matrix.block_type, chosen.reshape(-1), len(draft_ids), cols, "int8"
+        "output", -1, matrix.block_type, chosen.reshape(-1), len(draft_ids), cols, _FORMAT
     )

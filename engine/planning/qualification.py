@@ -18,6 +18,7 @@ from engine.config import EngineConfig, KvDtype, Quantization
 from engine.ledger import kv_token_bytes, mib, plan_deployment
 from engine.loader import ModelHeaders
 from engine.machine import physical_cores
+from engine.speculation.load import choose_head
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
 BUILT_DRAFTERS = frozenset(("ngram", "mtp"))
@@ -52,7 +53,7 @@ def qualify(headers: ModelHeaders, config: EngineConfig, kv_dtype: KvDtype) -> l
     return [
         *_weight_levels(headers, config),
         *_kv_dtypes(headers, kv_dtype),
-        *_speculation(headers),
+        *_speculation(headers, config),
         Technique(
             name="prefix cache",
             kind="cache",
@@ -124,11 +125,11 @@ def _kv_dtypes(headers: ModelHeaders, enabled: KvDtype) -> list[Technique]:
     ]
 
 
-def _speculation(headers: ModelHeaders) -> list[Technique]:
+def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]:
     rows = []
     for name, (has_parts, evidence, needs) in {
         "ngram": (True, "needs nothing of the model: drafts come from the text itself", None),
-        "mtp": _mtp(headers),
+        "mtp": _mtp(headers, config),
         "draft": _draft_model(headers),
     }.items():
         built = name in BUILT_DRAFTERS
@@ -139,7 +140,7 @@ def _speculation(headers: ModelHeaders) -> list[Technique]:
                 name=f"speculation {name}",
                 kind="speculation",
                 qualified=has_parts and built,
-                enabled=False,
+                enabled=has_parts and built and config.speculation in ("auto", name),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
             )
@@ -147,15 +148,20 @@ def _speculation(headers: ModelHeaders) -> list[Technique]:
     return rows
 
 
-def _mtp(headers: ModelHeaders) -> tuple[bool, str, str | None]:
+def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | None]:
+    checkpoint = headers.checkpoint
+    wanted = msgspec.structs.replace(
+        config, speculation="auto" if config.mtp_head is None else config.speculation
+    )
+    found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
+    if found is not None:
+        per_step = found[0].tokens_per_step
+        return True, f"{found[1].origin}: {per_step:.2f} tokens per step when trained", None
     names = [n for n in headers.checkpoint.tensors if any(mark in n for mark in _MTP_MARKS)]
     if names:
-        return True, f"the checkpoint has a module: {len(names)} tensors such as {names[0]}", None
-    return (
-        False,
-        "the checkpoint has no multi-token prediction module",
-        "a checkpoint with such a module, or a head trained for this model",
-    )
+        evidence = f"the checkpoint's own module ({names[0]}) is of a kind that is not read"
+        return False, evidence, "a head trained for this model"
+    return False, "no head was trained for this model", "a head trained for this model"
 
 
 def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:

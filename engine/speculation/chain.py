@@ -19,7 +19,7 @@ from engine.speculation.drafter import Draft
 # Classes of a draft's own probability, on which its acceptance depends.
 _CLASS_BOUNDS = (0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.74, 0.84, 0.92, 0.97)
 _CLASS_PRIORS = (0.05, 0.12, 0.2, 0.3, 0.42, 0.54, 0.66, 0.77, 0.86, 0.93, 0.97)
-_POSITION_PRIORS = (0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5)
+_UNKNOWN_PRIOR = 0.5  # of a position that was never measured
 # A chain whose drafts together are less likely than this is not gone on with.
 _MIN_CONFIDENCE = 0.1
 
@@ -38,14 +38,17 @@ class ChainDrafter:
         *,
         max_drafts: int,
         max_step_tokens: int,
+        position_priors: Row[float],
         hidden: Float32Array | None = None,
     ) -> None:
-        """`model` has a KV cache of as many blocks as the target; `hidden` is what the batch keeps
-        of the target's hidden states, (lanes * W, D), where the model reads them."""
+        """`model` has a KV cache of as many blocks as the target. `position_priors` are
+        acceptances known beforehand; `hidden` is what the batch keeps of the target's hidden
+        states, (lanes * W, D), where the model reads them."""
         num_lanes = len(lanes.tokens)
         self.name = name
         self.max_drafts = max_drafts
-        self.position_priors = _POSITION_PRIORS[:max_drafts]
+        missing = max_drafts - len(position_priors)
+        self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)
         self._block_size = model.block_size
         self._window = 0 if hidden is None else len(hidden) // num_lanes
         self._max_tokens = max(max_step_tokens, self._window)

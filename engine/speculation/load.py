@@ -7,11 +7,22 @@ import fulcrum_core
 
 from engine.checkpoint.tensor import StoredTensor
 from engine.config import ConfigError, EngineConfig
-from engine.models.mtp import find_head, load_module, read_head, target_digest
+from engine.context_plan import ContextPlan
+from engine.models.mtp import (
+    HeadConfig,
+    MtpHead,
+    find_head,
+    load_module,
+    module_config,
+    module_weights_bytes,
+    read_head,
+    target_digest,
+)
 from engine.models.spec import ModelSpec
-from engine.speculation.setup import OFF, Speculation
+from engine.speculation.setup import HIDDEN_WINDOW, Speculation, hidden_states_bytes
 
 HEADS = Path(__file__).parent / "heads"
+_NAMES = ("ngram", "mtp")
 _NO_HEAD = "no multi-token-prediction head was trained for this model"
 
 
@@ -27,26 +38,55 @@ def load_speculation(
     Raises ConfigError where a drafter was asked for by name and cannot be had.
     """
     mode = config.speculation
-    if mode == "off":
-        return OFF
-    unavailable: dict[str, str] = {}
-    mtp = None
-    if mode in ("auto", "mtp"):
-        mtp = _load_mtp(config, target, spec, tensors, num_kv_blocks)
-        if mtp is None:
-            if mode == "mtp":
-                raise ConfigError(f"--speculation mtp: {_NO_HEAD}")
+    unavailable = {name: f"--speculation {mode}" for name in _NAMES if mode not in ("auto", name)}
+    found = choose_head(config, spec, tensors)
+    if found is None:
+        if mode == "auto":
             unavailable["mtp"] = _NO_HEAD
-    return Speculation(mode=mode, hidden_size=spec.hidden_size, mtp=mtp, unavailable=unavailable)
+        return Speculation(mode=mode, unavailable=unavailable)
+    head_config, head = found
+    return Speculation(
+        mode=mode,
+        hidden_size=spec.hidden_size,
+        mtp=load_module(target, spec, tensors, head, num_kv_blocks),
+        mtp_acceptance=head_config.acceptance_by_position,
+        num_kv_blocks=num_kv_blocks,
+        unavailable=unavailable,
+    )
 
 
-def _load_mtp(
+def planned_draft_bytes(
     config: EngineConfig,
-    target: fulcrum_core.Model,
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
-    num_kv_blocks: int,
-) -> fulcrum_core.Model | None:
+    context: ContextPlan,
+    isa: str,
+    num_threads: int,
+) -> int:
+    """What the drafters will allocate, from headers alone; see `Speculation.memory_bytes`."""
+    found = choose_head(config, spec, tensors)
+    if found is None:
+        return 0
+    shape = module_config(spec)
+    max_tokens = max(config.max_step_tokens, HIDDEN_WINDOW)
+    max_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
+    return (
+        module_weights_bytes(found[1], spec, isa)
+        + context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype)
+        + fulcrum_core.activation_bytes(shape, isa, num_threads, max_tokens, max_blocks)
+        + hidden_states_bytes(config.max_sequences, spec.hidden_size)
+    )
+
+
+def choose_head(
+    config: EngineConfig, spec: ModelSpec, tensors: Mapping[str, StoredTensor]
+) -> tuple[HeadConfig, MtpHead] | None:
+    """The head that `config` asks for, or that there is; None where none may draft.
+
+    Raises ConfigError where one was asked for and cannot be had.
+    """
+    if config.speculation not in ("auto", "mtp"):
+        return None
     if config.mtp_head is None:
         found = find_head(HEADS, spec, tensors)
     else:
@@ -56,4 +96,6 @@ def _load_mtp(
                 f"--mtp-head {config.mtp_head}: was trained for {found[0].target}, not for "
                 f"{config.model}"
             )
-    return None if found is None else load_module(target, spec, tensors, found[1], num_kv_blocks)
+    if found is None and config.speculation == "mtp":
+        raise ConfigError(f"--speculation mtp: {_NO_HEAD}")
+    return found

@@ -25,7 +25,9 @@ MTP_DRAFTS = 4
 # sees.
 HIDDEN_WINDOW = 64
 _CALIBRATION_S = 1.0  # at most
-_CALIBRATED_TOKENS = (1, 2, 4, 8, 5, 3, 6, 16, 12, 32, 24, 64, 48)  # the most telling first
+# The most telling first. Beyond the largest, and so where prompts share the step, a row would look
+# free: it has to reach what such a step holds.
+_CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
 _CALIBRATION_ROUNDS = 3
 
 
@@ -35,7 +37,23 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     mode: SpeculationMode = "off"
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
+    mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
+    num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Names of the drafters that there are."""
+        names = ["ngram"] if self.mode in ("auto", "ngram") else []
+        return (*names, "mtp") if self.mtp is not None else tuple(names)
+
+    def memory_bytes(self, num_lanes: int) -> int:
+        """What the drafters have allocated, the hidden states kept for them included."""
+        if self.mtp is None:
+            return 0
+        kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
+        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size)
+        return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
         """Memory for the states that the batch keeps, (num_lanes * W, D); None: nobody reads."""
@@ -59,6 +77,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
                     lanes,
                     max_drafts=MTP_DRAFTS,
                     max_step_tokens=max_step_tokens,
+                    position_priors=self.mtp_acceptance,
                     hidden=hidden,
                 )
             )
@@ -67,6 +86,11 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 OFF = Speculation()
+
+
+def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
+    """Bytes of `Speculation.hidden_states`."""
+    return num_lanes * HIDDEN_WINDOW * hidden_size * 4
 
 
 def calibrate(batch: Batch, costs: Costs, max_step_tokens: int) -> None:

@@ -4,13 +4,11 @@ The loop calls `extend` between planning and computing a step, and `learn` after
 """
 
 import logging
-from collections.abc import Sequence as Row
 
 from engine.lanes import Lanes
 from engine.scheduler import Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.speculation.candidates import Candidate
-from engine.speculation.drafter import Draft
 from engine.speculation.policy import SpeculationPolicy
 
 log = logging.getLogger(__name__)
@@ -27,10 +25,9 @@ class Speculator:
         self._lanes = lanes
         self._max_step_tokens = max_step_tokens
         self._max_drafts = max((d.max_drafts for d in policy.drafters.values()), default=0)
-        # Of the coming step: where in the plan each candidate is, its text's length, its draft.
+        # Of the coming step: where in the plan each candidate is, and its text's length.
         self._indices: list[int] = []
         self._lengths: list[int] = []
-        self._drafts: list[Draft] = []
 
     def extend(self, plan: StepPlan) -> None:
         """Add drafts to the sequences of a plan that lack only their next token."""
@@ -52,19 +49,21 @@ class Speculator:
         self._lanes.write_new_blocks([entries[index] for index in self._indices])
         self._lengths = [len(candidate.sequence.token_ids) for candidate in candidates]
         try:
-            self._drafts = self.policy.draft(candidates, num_tokens - len(candidates))
+            drafts = self.policy.draft(candidates, num_tokens - len(candidates))
         except Exception:
             # Drafts are a bonus: whatever a drafter does, the texts go on without it.
             log.exception("speculation is off from here on: a drafter failed")
             self._stop("a drafter failed; the log has the error")
             return
         budget = self._max_step_tokens - num_tokens
-        for index, draft in zip(self._indices, self._drafts, strict=True):
+        for index, draft in zip(self._indices, drafts, strict=True):
             num_drafts = min(len(draft.token_ids), budget)
             if num_drafts:
                 budget -= num_drafts
                 seq = entries[index][0]
                 seq.draft_ids = draft.token_ids[:num_drafts]
+                if seq.draft_stats is not None:
+                    seq.draft_stats.announce(draft.drafter, num_drafts)
                 entries[index] = (seq, 1 + num_drafts)
 
     def learn(self, plan: StepPlan, num_tokens: int, step_s: float) -> None:
@@ -72,20 +71,15 @@ class Speculator:
         if not self._indices:
             return
         num_verified = 0
-        for index, length, draft in zip(self._indices, self._lengths, self._drafts, strict=True):
+        for index, length in zip(self._indices, self._lengths, strict=True):
             seq, num_new_tokens = plan.entries[index]
             num_verified += num_new_tokens
             emitted_ids = seq.token_ids[length:]
             if emitted_ids:
-                self._count(seq, num_new_tokens - 1, emitted_ids, draft)
+                self.policy.observe(seq.seq_id, num_new_tokens - 1, emitted_ids)
         # Prompts cost their attention and no logits: only steps without any are alike.
         if num_verified == num_tokens:
             self.policy.observe_step(num_tokens, step_s)
-
-    def _count(self, seq: Sequence, num_drafts: int, emitted_ids: Row[int], draft: Draft) -> None:
-        num_accepted = self.policy.observe(seq.seq_id, num_drafts, emitted_ids)
-        if seq.draft_stats is not None and num_drafts:
-            seq.draft_stats.count_draft(draft.drafter, num_drafts, num_accepted)
 
     def _room(self, seq: Sequence) -> int:
         if seq.drafter == "off":

@@ -134,7 +134,9 @@ export class Live {
   }
 
   showTelemetry(report) {
-    const sample = report.samples?.gpu ?? report.samples?.host;
+    // What computes; where telemetry is off, whatever is sensed.
+    const samples = report.samples ?? {};
+    const sample = samples[report.source] ?? samples.gpu ?? samples.host;
     if (!sample) return;
     const { memory_used_bytes: used, memory_total_bytes: total } = sample;
     if (used && total) this.tiles.get("memory").push((100 * used) / total, `${bytes(used)} of ${bytes(total)}`);
@@ -157,11 +159,10 @@ export class Live {
   }
 
   showSpeculation(report) {
-    const perStep = report.tokens_per_step ?? report.mean_tokens_per_step;
-    if (typeof perStep !== "number") return;
-    const depth = report.num_drafts ?? report.max_drafts;
-    this.tiles.get("speculation").push(perStep,
-      [report.drafter, depth === undefined ? null : `K ${depth}`].filter(Boolean).join(", "));
+    const used = report.drafters.filter((drafter) => drafter.num_drafts > 0);
+    if (used.length === 0) return;
+    this.tiles.get("speculation").push(report.tokens_per_step,
+      `${used.map((drafter) => drafter.name).join(", ")}, K ${report.num_verified}`);
   }
 
   // An endpoint that this server may not have; its own description says so.

@@ -58,8 +58,8 @@ class FakeServer:
         if self.gives_stats:
             usage["fulcrum"] = {
                 "num_steps": num_steps,
-                "num_drafted": 2 * (size - 1) * num_steps,
-                "num_accepted": (size - 1) * num_steps,
+                "drafted_tokens": 2 * (size - 1) * num_steps,
+                "accepted_tokens": (size - 1) * num_steps,
                 "accepted_by_position": [num_steps] * (size - 1),
             }
         await send({"choices": [], "usage": usage})
@@ -131,7 +131,7 @@ def test_modes_take_turns_and_each_goes_first(
         *(("prompt 3", mode) for mode in ("auto", "off", "ngram")),
         *(("prompt 2", mode) for mode in ("off", "ngram", "auto")),
     ]
-    assert all(body["fulcrum"]["include_stats"] for body in server.bodies)
+    assert all(body["fulcrum"]["usage"] for body in server.bodies)
 
 
 def test_a_text_that_differs_is_named_and_is_exit_code_1(

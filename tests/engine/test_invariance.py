@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from engine.loader import LoadedModel, load_model
 from engine.loop import Engine
 from engine.runner import EngineSettings
+from engine.speculation.setup import OFF, Speculation
 from engine.types import SamplingParams, StepReport, Submit, TokenEvent, TokenLogprobs
 
 MAX_MODEL_LEN = 1024
@@ -64,6 +65,7 @@ class RunningEngine:
         max_step_tokens: int = MAX_MODEL_LEN,
         max_sequences: int = NUM_NEIGHBOURS + 1,
         num_kv_blocks: int | None = None,
+        speculation: Speculation = OFF,
     ) -> None:
         self.events: dict[int, list[TokenEvent]] = {}
         self.num_preemptions = 0
@@ -78,6 +80,7 @@ class RunningEngine:
                 max_step_tokens=max_step_tokens,
             ),
             self._take,
+            speculation,
         )
         self.engine.start()
 

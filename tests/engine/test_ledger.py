@@ -6,8 +6,10 @@ import pytest
 
 from engine.batch import Batch
 from engine.config import ConfigError, EngineConfig
+from engine.deployment import deploy
 from engine.ledger import Ledger, measured_ledger
 from engine.loader import load_model, plan_headers, read_headers
+from engine.loop import Engine
 
 
 def _allocated(config: EngineConfig) -> Ledger:
@@ -48,6 +50,23 @@ def test_what_is_planned_from_headers_is_what_is_allocated(
     assert planned.weights_bytes == allocated.weights_bytes > 50e6
     assert planned.kv_bytes == allocated.kv_bytes > 90e6
     assert planned.activation_bytes == allocated.activation_bytes > 1e6
+
+
+def test_what_the_drafters_allocate_is_planned_too(default_model_path: Path) -> None:
+    config = EngineConfig(
+        model=str(default_model_path),
+        kv_memory_bytes=50 << 20,
+        max_sequences=8,
+        max_model_len=1024,
+        num_threads=2,
+        speculation="auto",
+    )
+    planned = plan_headers(config, read_headers(config)).ledger
+    deployment = deploy(config)
+    loaded = deployment.loaded
+    engine = Engine(loaded.core, deployment.engine_settings, lambda _: None, loaded.speculation)
+    assert planned.draft_bytes == deployment.measured().draft_bytes > 10e6
+    engine.stop(0.0)
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(

@@ -8,6 +8,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from functools import cached_property
 from itertools import cycle
@@ -17,6 +18,9 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
+from engine.speculation.costs import Costs
+from engine.speculation.policy import SpeculationPolicy
+from engine.speculation.report import SpeculationReport, report
 from engine.tokenizer.errors import ChatTemplateError
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent, TokenLogprobs
 from server.app import create_app
@@ -162,6 +166,11 @@ class FakeEngine:
 
     def heartbeat_age_s(self) -> float:
         return 0.0 if self.heartbeat_at_s is None else time.monotonic() - self.heartbeat_at_s
+
+    def speculation(self) -> Future[SpeculationReport]:
+        done: Future[SpeculationReport] = Future()
+        done.set_result(report(SpeculationPolicy([], Costs(1, 1))))
+        return done
 
     def is_alive(self) -> bool:
         return self._thread.is_alive()

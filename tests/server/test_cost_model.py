@@ -66,6 +66,36 @@ def test_forecasts_that_are_wrong_are_corrected() -> None:
     assert predicted_s == pytest.approx(0.3, rel=0.1)
 
 
+def test_another_setting_is_learnt_anew_from_its_first_step() -> None:
+    model = learnt(0.004, 0.0005)
+    before = model.costs
+    model.renew()
+    assert model.costs.step_points == before.step_points
+    assert model.costs.ttft_scale == 1.0
+    model.observe_step(8, 0.1)
+    assert model.costs.step_s(8) == pytest.approx(0.1)
+    assert model.costs.step_s(16) == pytest.approx(0.2)  # nothing of the former points is left
+
+
+def test_accepted_drafts_end_a_sequence_in_fewer_and_dearer_steps() -> None:
+    model = CostModel()
+    limits = Limits(max_sequences=2, max_queue=64)
+    for _ in range(300):
+        model.observe_step(2, 0.010)
+        model.observe_step(8, 0.016)
+        model.observe_decode(2, 4, 8)  # three drafts each, of which one is accepted
+    model.observe_decode(2, 2, 600)  # a preempted sequence, computed again
+    running = [OpenSequence(0.0, 10, 90 + seq, 100, True) for seq in (0, 1)]
+    ask = Ask(rank_s=1.0, num_prompt_tokens=1, max_tokens=100, ignore_eos=True)
+    costs = model.costs
+    assert costs.verified_per_step == pytest.approx(4, rel=0.05)
+    assert costs.decode_s(2) == pytest.approx(0.008, rel=0.1)
+    seen = forecast(ask, running, costs, limits)
+    # 9 tokens are left of the one that ends first: 4.5 steps of 8 tokens and a few of prompts.
+    assert 4.5 * 0.016 <= seen.ttft_s < 7 * 0.016 + 0.03
+    assert seen.end_s - seen.ttft_s == pytest.approx(99 * costs.decode_s(2))
+
+
 def test_a_full_server_is_predicted_from_how_far_its_sequences_are() -> None:
     costs = Costs(step_points=((1.0, 0.01), (512.0, 0.01)))
     limits = Limits(max_sequences=2, max_queue=64)

@@ -46,8 +46,8 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "body-timeout-s": "6",
         "max-ttft-s": "7",
         "telemetry": "off",
-        "speculation": "ngram",
-        "mtp-head": "h",
+        "speculation": "mtp",
+        "mtp-head": "head",
     }
     argv = [part for name, value in values.items() for part in (f"--{name}", value)]
     environ = {f"FULCRUM_{n.replace('-', '_').upper()}": v for n, v in values.items()}

@@ -78,19 +78,26 @@ def test_whatever_fails_the_old_state_serves_on(
     def broken(*args: Any, **options: Any) -> Deployment:
         made = slowed(deploy(*args, **options), 0.0)
         if fault == "first step":
-            calls = [0]
             step = made.loaded.core.step
 
             def failing(*sizes: int) -> None:
-                calls[0] += 1
-                if calls[0] > 30:  # after the self-check
+                if is_checked:
                     raise RuntimeError("planted: the kernel broke")
                 step(*sizes)
 
             made.loaded.core.step = failing  # type: ignore[method-assign]
         return made
 
+    is_checked: list[bool] = []
+    self_check = apply_run.self_check
+
+    def checked(*args: Any) -> str | None:
+        verdict = self_check(*args)
+        is_checked.append(True)
+        return verdict
+
     bench = make_bench(build=_fail if fault == "build" else broken)
+    monkeypatch.setattr(apply_run, "self_check", checked)
     if fault == "self-check":
         monkeypatch.setattr(apply_run, "self_check", lambda *args: "its logits are not finite")
     counts = _occupy(bench)

@@ -1,0 +1,194 @@
+"""Drafts never change a text: whoever drafts, and however well, with the real model.
+
+Drafters are planted that always draft, so that no measured cost decides what is verified.
+"""
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Row
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from engine.batch import Batch
+from engine.checkpoint.progress import SilentProgress
+from engine.config import EngineConfig
+from engine.lanes import Float32Array
+from engine.loader import LoadedModel, load_model
+from engine.speculation.candidates import Candidate
+from engine.speculation.costs import Costs
+from engine.speculation.drafter import Draft, Drafter
+from engine.speculation.policy import SpeculationPolicy
+from engine.speculation.setup import Speculation
+from engine.types import SamplingParams
+from tests.engine.test_invariance import (
+    GREEDY,
+    MAX_MODEL_LEN,
+    SAMPLED,
+    STORY,
+    Result,
+    RunningEngine,
+)
+
+NUM_SEQUENCES = 6
+NUM_DRAFTS = 4
+
+
+class AlwaysDraft(SpeculationPolicy):
+    """Verifies all that one way of drafting proposes, whatever it costs."""
+
+    def __init__(self, propose: Callable[[Row[Candidate]], list[Draft]], costs: Costs) -> None:
+        super().__init__([], costs)
+        self.drafters: dict[str, Any] = {"planted": PlantedDrafter()}
+        self.num_accepted = 0
+        self._propose = propose
+        self._drafts: dict[int, Draft] = {}
+
+    def draft(self, candidates: list[Candidate], num_other_tokens: int = 0) -> list[Draft]:
+        drafts = [
+            draft.truncated(candidate.max_drafts)
+            for candidate, draft in zip(candidates, self._propose(candidates), strict=True)
+        ]
+        self._drafts = {c.sequence.seq_id: d for c, d in zip(candidates, drafts, strict=True)}
+        return drafts
+
+    def observe(self, seq_id: int, num_verified: int, emitted_ids: Row[int]) -> int:
+        self.num_accepted += len(emitted_ids) - 1
+        return len(emitted_ids) - 1
+
+    def observe_step(self, num_step_tokens: int, step_s: float) -> None:
+        pass
+
+
+class PlantedDrafter:
+    max_drafts = NUM_DRAFTS
+
+
+class Planted(Speculation, frozen=True, kw_only=True):
+    """Speculation whose policy is made by the test and kept for it to look at."""
+
+    propose: Callable[[Row[Candidate]], list[Draft]] | None = None
+    made: list[AlwaysDraft]
+
+    def policy(
+        self, batch: Batch, hidden: Float32Array | None, *, max_step_tokens: int
+    ) -> SpeculationPolicy:
+        propose = self.propose
+        if propose is None:
+            whole = Speculation.policy(self, batch, hidden, max_step_tokens=max_step_tokens)
+            (drafter,) = whole.drafters.values()
+            propose = _all_of(drafter)
+        policy = AlwaysDraft(propose, Costs(max_step_tokens, NUM_SEQUENCES))
+        self.made.append(policy)
+        return policy
+
+
+def _all_of(drafter: Drafter) -> Callable[[Row[Candidate]], list[Draft]]:
+    def propose(candidates: Row[Candidate]) -> list[Draft]:
+        rooms = [min(candidate.max_drafts, drafter.max_drafts) for candidate in candidates]
+        return drafter.propose([candidate.sequence for candidate in candidates], rooms)
+
+    return propose
+
+
+@pytest.fixture(scope="module")
+def model(default_model_path: Path) -> LoadedModel:
+    config = EngineConfig(
+        model=str(default_model_path), max_model_len=MAX_MODEL_LEN, speculation="auto"
+    )
+    return load_model(config, progress=SilentProgress())
+
+
+@pytest.fixture(scope="module", params=["greedy", "sampled"])
+def params(request: pytest.FixtureRequest) -> SamplingParams:
+    return GREEDY if request.param == "greedy" else SAMPLED
+
+
+@pytest.fixture(scope="module")
+def plain(model: LoadedModel, params: SamplingParams) -> list[Result]:
+    return _run(model, params, Speculation())
+
+
+def _run(model: LoadedModel, params: SamplingParams, speculation: Speculation) -> list[Result]:
+    """Texts of several lengths together, most of them repeating themselves."""
+    run = RunningEngine(model, max_sequences=NUM_SEQUENCES, speculation=speculation)
+    ids = model.tokenizer.encode(STORY * 2, add_bos=True, parse_special=False)
+    for index in range(NUM_SEQUENCES):
+        run.submit(index, ids[: len(ids) - 11 * index], replace(params, seed=params.seed + index))
+    results = [run.result(index) for index in range(NUM_SEQUENCES)]
+    run.stop()
+    return results
+
+
+@pytest.mark.parametrize("mode", ["ngram", "mtp"])
+def test_a_drafter_does_not_change_the_text(
+    model: LoadedModel, params: SamplingParams, plain: list[Result], mode: str
+) -> None:
+    made: list[AlwaysDraft] = []
+    mtp = model.speculation.mtp if mode == "mtp" else None
+    speculation = Planted(
+        mode=mode,  # type: ignore[arg-type]
+        hidden_size=model.speculation.hidden_size,
+        mtp=mtp,
+        made=made,
+    )
+    assert _run(model, params, speculation) == plain
+    assert made[0].num_accepted > 0
+
+
+def test_garbage_does_not_change_the_text(
+    model: LoadedModel, params: SamplingParams, plain: list[Result]
+) -> None:
+    rng = random.Random(1)
+
+    def propose(candidates: Row[Candidate]) -> list[Draft]:
+        return [
+            Draft("planted", [rng.randrange(model.spec.vocab_size) for _ in range(NUM_DRAFTS)], [])
+            for _ in candidates
+        ]
+
+    assert _run(model, params, Planted(propose=propose, made=[])) == plain
+
+
+def test_drafts_that_are_always_right_are_all_accepted(
+    model: LoadedModel, params: SamplingParams, plain: list[Result]
+) -> None:
+    def propose(candidates: Row[Candidate]) -> list[Draft]:
+        drafts = []
+        for candidate in candidates:
+            seq = candidate.sequence
+            begin = seq.num_output_tokens
+            ids = list(plain[seq.seq_id].token_ids[begin : begin + NUM_DRAFTS])
+            drafts.append(Draft("planted", ids, []))
+        return drafts
+
+    made: list[AlwaysDraft] = []
+    assert _run(model, params, Planted(propose=propose, made=made)) == plain
+    # The first token comes with the prompt; then every step gives the drafts and one more.
+    num_steps = -(-(params.max_tokens - 1) // (NUM_DRAFTS + 1))
+    assert made[0].num_accepted == NUM_SEQUENCES * (params.max_tokens - 1 - num_steps)
+
+
+def test_a_drafter_that_fails_in_the_middle_does_not_change_the_text(
+    model: LoadedModel, params: SamplingParams, plain: list[Result]
+) -> None:
+    num_calls = 0
+
+    def propose(candidates: Row[Candidate]) -> list[Draft]:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 5:
+            raise RuntimeError("planted: the drafter broke")
+        return [Draft("planted", [1, 2, 3], []) for _ in candidates]
+
+    assert _run(model, params, Planted(propose=propose, made=[])) == plain
+    assert num_calls == 6  # and was not asked again
+
+
+def test_an_engine_without_drafts_may_follow_on_the_same_core(
+    model: LoadedModel, params: SamplingParams, plain: list[Result]
+) -> None:
+    _run(model, params, model.speculation)
+    assert _run(model, params, Speculation()) == plain
