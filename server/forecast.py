@@ -23,6 +23,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int = 0
     block_size: int = 16
     max_ttft_s: float = math.inf
+    # Beside which a sequence may be computed, where that is more than may be promised.
+    max_company: int = 0
 
     @property
     def capacity(self) -> int:
@@ -34,6 +36,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             return self
         return msgspec.structs.replace(
             self,
+            # The engine knows nothing of it and starts whoever waits.
+            max_company=max(self.max_company, self.max_sequences),
             max_sequences=max(1, int(self.max_sequences * factor)),
             max_queue=int(self.max_queue * factor),
             num_blocks=math.ceil(self.num_blocks * factor),
@@ -93,8 +97,9 @@ def forecast(
     for seq in ahead:
         lanes.start(_blocks_of(seq, costs, limits), _remaining_steps(seq, costs))
         num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
-    # Whoever is there beside it, whenever they start: fewer blocks must not look like less company.
-    num_decoding = min(lanes.num_held + len(ahead), limits.max_sequences)
+    # Whoever is there beside it, whenever they start: fewer blocks or lanes are not less company.
+    num_lanes = max(limits.max_company, limits.max_sequences)
+    num_decoding = min(lanes.num_held + len(ahead), num_lanes)
     start_step = 0.0
     for _ in range(ask.num_sequences):
         start_step = lanes.start(own_blocks, num_output / costs.tokens_per_step)
@@ -108,7 +113,7 @@ def forecast(
         _prefill_s(num_ahead_tokens, num_decoding, costs, limits),
     )
     ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
-    width = min(limits.max_sequences, num_decoding + ask.num_sequences)
+    width = min(num_lanes, num_decoding + ask.num_sequences)
     idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
     share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
     num_full_tokens = limits.max_sequences * costs.verified_per_step

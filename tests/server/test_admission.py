@@ -176,6 +176,26 @@ def test_a_worse_device_never_admits_what_a_better_one_refuses(
 
 
 @settings(max_examples=200, deadline=None)
+@given(SEQUENCES, SEQUENCES, ASKS)
+def test_who_waits_is_never_put_back_by_those_of_a_later_rank(
+    sequences: list[OpenSequence], others: list[OpenSequence], wish: Ask
+) -> None:
+    """With ranks that are fixed at arrival this is why nobody starves: see `rank_s`."""
+    later = [
+        msgspec.structs.replace(seq, rank_s=wish.rank_s + 1 + seq.rank_s, num_output_tokens=0)
+        for seq in others
+    ]
+    limits = machine(400, max_ttft_s=3.0)
+    seen = forecast(wish, sequences, COSTS, limits)
+    assert forecast(wish, [*later, *sequences], COSTS, limits) == seen
+    load = Load(sequences=[*sequences, *later])
+    if load.num_open + wish.num_sequences <= limits.capacity:
+        alone = admit(wish, Load(sequences=sequences), COSTS, OK, limits)
+        if sequences:
+            assert admit(wish, load, COSTS, OK, limits) == alone
+
+
+@settings(max_examples=200, deadline=None)
 @given(SEQUENCES, ASKS)
 def test_every_refusal_says_when_to_come_again(sequences: list[OpenSequence], wish: Ask) -> None:
     decision = admit(wish, Load(sequences=sequences), COSTS, OK, machine(400, max_ttft_s=0.5))
