@@ -22,8 +22,8 @@ def test_whatever_is_sent_there_is_no_500_and_no_hang(
     noise = uvloop.run(random_bytes(server.port, MODEL, SECONDS))
     assert generated.failures == noise.failures == []
     # It got past the parser, and found what there is to refuse.
-    for statuses in (generated.statuses, noise.statuses):
-        assert statuses[200] > 0
-        assert statuses[400] > 0
+    assert noise.statuses[200] > 0
+    assert noise.statuses[400] > 0
+    assert generated.statuses[400] > 0
     server.wait_idle()
     assert server.terminate() == 0
