@@ -3,6 +3,7 @@
 The loader asks, to choose the number of threads and the size of the KV cache, and telemetry does.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -62,12 +63,13 @@ def cpu_quota_cores() -> float | None:
     return min(quotas, default=None)
 
 
-def cgroup_folders(controller: str) -> list[Path]:
+@functools.cache  # telemetry asks twice a second
+def cgroup_folders(controller: str) -> tuple[Path, ...]:
     """The process's control groups with this controller, the innermost first, up to the root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
+        return ()
     folders: list[Path] = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
@@ -76,7 +78,7 @@ def cgroup_folders(controller: str) -> list[Path]:
         root = _CGROUP_ROOT / controllers if controllers else _CGROUP_ROOT
         group = root / name.lstrip("/")
         folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    return folders
+    return tuple(folders)
 
 
 def _meminfo_bytes(field: str) -> int:

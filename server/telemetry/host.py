@@ -22,6 +22,7 @@ from server.telemetry.samples import DeviceSample
 T = TypeVar("T")
 
 _MICRO = 1e-6
+_LIMITS_INTERVAL_S = 10.0  # those of control groups change rarely
 
 
 class HostReader:
@@ -37,11 +38,18 @@ class HostReader:
         self._rapl_wraps_j = 0.0
         self._last_rapl_j: float | None = None
         self._cpu_stat = self._find_cpu_stat()
+        self._read_limits_at_s = 0.0
+        self._memory_total_bytes: int | None = None
+        self._cpu_quota_cores: float | None = None
 
     def read(self) -> DeviceSample:
         now_s = time.monotonic()
+        if now_s >= self._read_limits_at_s:
+            self._read_limits_at_s = now_s + _LIMITS_INTERVAL_S
+            self._memory_total_bytes = self._ask("total memory", total_memory_bytes)
+            self._cpu_quota_cores = cpu_quota_cores()
         available = self._ask("available memory", available_memory_bytes)
-        total = self._ask("total memory", total_memory_bytes)
+        total = self._memory_total_bytes
         resident = self._ask("resident memory", self._resident_bytes)
         used = None if total is None or available is None else max(0, total - available)
         others = None if used is None or resident is None else max(0, used - resident)
@@ -58,7 +66,7 @@ class HostReader:
             max_clock_mhz=self._ask("CPU frequency limit", self._max_frequency_mhz),
             temperature_c=self._ask("CPU temperature", self._temperature_c),
             energy_j=self._ask("RAPL energy", self._energy_j),
-            cpu_quota_cores=cpu_quota_cores(),
+            cpu_quota_cores=self._cpu_quota_cores,
             cpu_quota_throttled=throttled,
             pressure=self._pressure(),
             unavailable=dict(self._unavailable),
