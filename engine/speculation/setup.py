@@ -42,6 +42,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
     mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
+    mtp_chains_normed: bool = False
     num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
 
@@ -56,7 +57,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
         if self.mtp is None:
             return 0
         kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
-        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size)
+        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size, self.mtp_chains_normed)
         return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
@@ -92,9 +93,9 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 OFF = Speculation()
 
 
-def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
-    """Bytes of `Speculation.hidden_states`."""
-    return num_lanes * HIDDEN_WINDOW * hidden_size * 4
+def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -> int:
+    """Bytes of `Speculation.hidden_states`, and of the states that a chain goes on from."""
+    return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
 
 
 def calibrate(
@@ -102,7 +103,9 @@ def calibrate(
 ) -> None:
     """Time steps and drafts of several sizes before anybody is served, and seed their costs."""
     ends_at_s = time.monotonic() + _CALIBRATION_S
-    sizes = [size for size in _CALIBRATED_TOKENS if size <= max_step_tokens]
+    # A made-up text is no longer than what a lane holds.
+    most = min(max_step_tokens, batch.lanes.tokens.shape[1])
+    sizes = [size for size in _CALIBRATED_TOKENS if size <= most]
     for size, step_s in _best_times_s(batch.time_probe, sizes, ends_at_s).items():
         policy.costs.step.seed(size, step_s)
     max_sequences = min(len(batch.lanes.tokens), num_kv_blocks)
