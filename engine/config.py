@@ -39,7 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
-    speculation: SpeculationMode = "off"
+    speculation: SpeculationMode = "auto"
     mtp_head: str | None = None  # folder that a head was trained into
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 

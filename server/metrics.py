@@ -11,8 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.speculation.report import SpeculationReport
 from engine.types import EngineLoad, StepReport, TokenEvent
 from server.device_metrics import DeviceCollector
+from server.speculation_metrics import SpeculationCollector
 from server.stream import Stream
 from server.telemetry.poller import Poller
 
@@ -30,6 +32,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self.registry.register(_LoadCollector(model_name, load))
+        self._speculation = SpeculationCollector(model_name)
+        self.registry.register(self._speculation)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens received.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self.rejected = self._counter(
@@ -75,6 +79,10 @@ class Metrics:
 
     def register_telemetry(self, gate: "Gate", poller: Poller) -> None:
         self.registry.register(DeviceCollector(self._model_name, gate, poller))
+
+    def take_speculation(self, report: SpeculationReport) -> None:
+        """Keep what the engine says of speculation for the next rendering."""
+        self._speculation.report = report
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -1,6 +1,8 @@
 """Endpoints beside generation: tokenize, detokenize, health, metrics, version."""
 
+import asyncio
 import importlib.metadata
+from contextlib import suppress
 
 import msgspec
 from aiohttp import web
@@ -8,13 +10,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from server import protocol, telemetry_report
 from server.chat import encode_messages
-from server.errors import invalid
+from server.errors import ApiError, invalid
 from server.http import CLIENT, METRICS, MODEL, POLLER, check_model, json_response, read_body
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.tokens import run_sized
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+SPECULATION_TIMEOUT_S = 1.0  # that a scrape waits for the engine to come out of a step
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -81,6 +84,10 @@ async def telemetry(request: web.Request) -> web.Response:
 
 
 async def metrics(request: web.Request) -> web.Response:
+    """All metrics; those of speculation are older where the engine is in a long step, or ended."""
+    with suppress(TimeoutError, ApiError):
+        async with asyncio.timeout(SPECULATION_TIMEOUT_S):
+            request.app[METRICS].take_speculation(await request.app[CLIENT].speculation())
     body = request.app[METRICS].render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -127,7 +127,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--speculation",
         choices=("auto", "off", "ngram", "mtp"),
         default=defaults.speculation,
-        help="who drafts tokens for the model to verify; the text is the same (default: off)",
+        help="who drafts tokens for the model to verify, text unchanged (default: %(default)s)",
     )
     group.add_argument("--mtp-head", help="folder of a head that was trained for the model")
     group.add_argument("--threads", type=_count(1), help="compute threads (default: one per core)")

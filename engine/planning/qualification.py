@@ -153,15 +153,20 @@ def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | 
     wanted = msgspec.structs.replace(
         config, speculation="auto" if config.mtp_head is None else config.speculation
     )
-    found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
+    try:
+        found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
+    except CheckpointError as error:  # the checkpoint's own module is not whole
+        return False, str(error), "a head trained for this model"
     if found is not None:
-        per_step = found[0].tokens_per_step
-        return True, f"{found[1].origin}: {per_step:.2f} tokens per step when trained", None
+        per_step = found.tokens_per_step
+        gain = "" if per_step is None else f": {per_step:.2f} tokens per step when trained"
+        return True, found.origin + gain, None
     names = [n for n in headers.checkpoint.tensors if any(mark in n for mark in _MTP_MARKS)]
     if names:
         evidence = f"the checkpoint's own module ({names[0]}) is of a kind that is not read"
         return False, evidence, "a head trained for this model"
-    return False, "no head was trained for this model", "a head trained for this model"
+    evidence = "the files hold no multi-token prediction module, and no head was trained for it"
+    return False, evidence, "a head trained for this model"
 
 
 def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:
