@@ -27,9 +27,13 @@ Reason = Literal[
 
 # While others were told to come again soon, those that were not leave them this share of the
 # queue at most.
-_PROMISED_SHARE = 0.5
-# Forecasts are right on average: so much of the latest time is left for those that are not.
-_PREDICTED_SHARE = 0.8
+_MAX_KEPT_SHARE = 0.5
+# Of the latest time to the first token, what may be predicted: forecasts are right on average.
+_SHARE = 0.8
+# Those who were told to come get in unless a forecast was far off, since those who were not leave
+# them a queue that is short enough.
+_PROMISED_SHARE = 0.9
+_NEWCOMER_SHARE = 0.6
 # Who comes again finds the first token predicted for this share of its latest time: predictions
 # are not exact, and at the limit itself every other one would be refused again.
 _COMFORTABLE_SHARE = 0.75
@@ -86,7 +90,7 @@ def _refuse_place(
     num_free = limits.capacity - load.num_open
     num_kept = 0
     if not ask.is_promised:
-        num_kept = min(load.num_due, int(limits.max_queue * _PROMISED_SHARE))
+        num_kept = min(load.num_due, int(limits.max_queue * _MAX_KEPT_SHARE))
     num_missing = ask.num_sequences - (num_free - num_kept)
     if num_missing <= 0:
         return None
@@ -109,7 +113,8 @@ def _refuse_ttft(
         )
         with_them = [*load.sequences, *[coming] * load.num_due]
         ttft_s = forecast(ask, with_them, costs, limits).ttft_s
-    latest_s = limits.max_ttft_s * _PREDICTED_SHARE
+    share = _PROMISED_SHARE if ask.is_promised else _NEWCOMER_SHARE if load.num_due else _SHARE
+    latest_s = limits.max_ttft_s * share
     if ttft_s <= latest_s:
         return None
     late_s = ttft_s - latest_s * _COMFORTABLE_SHARE

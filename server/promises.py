@@ -16,8 +16,6 @@ _EARLY_S = 0.05  # a client's clock and the network are not exact
 _LATE_S = 5.0
 _LATE_SHARE = 0.25  # of the time to wait: clients add jitter in proportion
 _KEPT_WEIGHT = 0.05
-# Who kept away so far may come next time: overbooking has a limit.
-_MIN_KEPT_SHARE = 0.5
 
 
 def digest(sender: str, body: bytes) -> bytes:
@@ -93,9 +91,8 @@ class Promises:
         priority: int = 0,
     ) -> float:
         """Seconds after which a refused request should come again."""
-        # As airlines do: those that will not come need no room.
-        share_s = work_s * max(_MIN_KEPT_SHARE, self.kept_share) / _LOAD_SHARE
-        self._schedule_end_s = max(self._schedule_end_s, now_s) + share_s
+        # No overbooking for those who kept away: others may not, and newcomers take idle lanes.
+        self._schedule_end_s = max(self._schedule_end_s, now_s) + work_s / _LOAD_SHARE
         due_s = max(self._schedule_end_s, now_s + earliest_s)
         if due_s - now_s > _MAX_AHEAD_S or self._num_open >= _MAX_PROMISES:
             self._schedule_end_s = min(self._schedule_end_s, now_s + _MAX_AHEAD_S)
