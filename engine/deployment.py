@@ -7,8 +7,9 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
+from engine.contents import TextSide
 from engine.ledger import Ledger, anonymous_memory_bytes, measured_ledger
-from engine.loader import LoadedModel, TextSide, load_model
+from engine.loader import LoadedModel, load_model
 from engine.runner import EngineSettings
 
 

@@ -47,7 +47,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: tuple[float, ...]
 
 
-DrafterChoice = Literal["auto", "off", "ngram", "mtp"]
+DrafterChoice = Literal["auto", "off", "ngram", "mtp", "draft"]
 
 
 class DraftSummary(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from typing import NoReturn, cast
 
 import msgspec
 
-from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, SPECULATION_MODES, ConfigError, EngineConfig
 from engine.planning import proposal
 from server.http import Settings
 from server.logs import LogFormat
@@ -125,11 +125,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--speculation",
-        choices=("auto", "off", "ngram", "mtp"),
+        choices=SPECULATION_MODES,
         default=defaults.speculation,
         help="who drafts tokens for the model to verify, text unchanged (default: %(default)s)",
     )
     group.add_argument("--mtp-head", help="folder of a head that was trained for the model")
+    group.add_argument(
+        "--draft-model", help="a smaller model of the same vocabulary that drafts, as --model"
+    )
     group.add_argument("--threads", type=_count(1), help="compute threads (default: one per core)")
 
 
@@ -223,6 +226,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             num_threads=args.threads,
             speculation=args.speculation,
             mtp_head=args.mtp_head,
+            draft_model=args.draft_model,
         ),
         settings=Settings(
             api_key=_api_key(args.api_key, args.api_key_file),

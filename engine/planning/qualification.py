@@ -15,13 +15,13 @@ from engine.checkpoint.cache import cache_folder
 from engine.checkpoint.gguf import GgufFile
 from engine.checkpoint.tensor import CheckpointError
 from engine.config import EngineConfig, KvDtype, Quantization
-from engine.ledger import kv_token_bytes, mib, plan_deployment
+from engine.ledger import kv_token_bytes, mib, plan_deployment, planned_weights_bytes
 from engine.loader import ModelHeaders
 from engine.machine import physical_cores
 from engine.speculation.load import choose_head
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
-BUILT_DRAFTERS = frozenset(("ngram", "mtp"))
+BUILT_DRAFTERS = frozenset(("ngram", "mtp", "draft"))
 # Levels that are asked for, built or not.
 _LEVELS = tuple(dict.fromkeys((*get_args(Quantization), "fp8")))
 _LEVEL_MEANING = {
@@ -140,7 +140,10 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
                 name=f"speculation {name}",
                 kind="speculation",
                 qualified=has_parts and built,
-                enabled=has_parts and built and config.speculation in ("auto", name),
+                enabled=has_parts
+                and built
+                and config.speculation in ("auto", name)
+                and (name != "draft" or headers.draft is not None),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
             )
@@ -170,16 +173,20 @@ def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | 
 
 
 def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:
-    """Look for a smaller model with the same vocabulary among those in the cache folder."""
+    """The drafting model that was given, or one that might be, among those in the cache folder."""
     path = headers.resolved.path
-    needs = "a model of at most half the size with the same vocabulary in the cache folder"
+    if headers.draft is not None:
+        weights = headers.draft.weights
+        evidence = f"{headers.draft.name} has the same vocabulary; {weights.formats}"
+        return True, f"{evidence}, {mib(planned_weights_bytes(weights, headers.isa))}", None
+    needs = "--draft-model, a model of at most half the size with the same vocabulary"
     own = _gguf_vocabulary(path) if headers.resolved.kind == "gguf" else None
     own_bytes = path.stat().st_size if path.is_file() else _folder_bytes(path)
     others = [p for p in sorted(cache_folder().glob("packages/*/*.gguf")) if p != path]
     smaller = [p for p in others if p.stat().st_size <= own_bytes / 2]
     for candidate in smaller:
         if own is not None and _gguf_vocabulary(candidate) == own:
-            return True, f"{candidate.name} has the same vocabulary and half the size", None
+            return True, f"{candidate.name} has the same vocabulary and half the size", needs
     found = f"{len(others)} other models in the cache, {len(smaller)} of at most half the size"
     return False, f"{found}, none with the same vocabulary", needs
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fulcrum_core
+from msgspec.structs import replace
 
 from engine.checkpoint.tensor import StoredTensor
 from engine.config import ConfigError, EngineConfig
@@ -19,11 +20,13 @@ from engine.models.mtp import (
 )
 from engine.models.mtp_layouts import find_module
 from engine.models.spec import ModelSpec
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.setup import HIDDEN_WINDOW, Speculation, hidden_states_bytes
 
 HEADS = Path(__file__).parent / "heads"
-_NAMES = ("ngram", "mtp")
+_NAMES = ("ngram", "mtp", "draft")
 _NO_HEAD = "no multi-token-prediction head was trained for this model"
+_NO_DRAFT_MODEL = "no smaller model was given as --draft-model"
 
 
 def load_speculation(
@@ -32,30 +35,34 @@ def load_speculation(
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
     num_kv_blocks: int,
+    draft: DraftModel | None,
 ) -> Speculation:
-    """Load what `config.speculation` asks for; in auto, what there is.
+    """Load what `config.speculation` asks for, in auto what there is; `draft` is loaded already.
 
     Raises ConfigError where a drafter was asked for by name and cannot be had.
     """
     mode = config.speculation
     unavailable = {name: f"--speculation {mode}" for name in _NAMES if mode not in ("auto", name)}
     head = choose_head(config, spec, tensors)
+    if mode == "auto" and head is None:
+        unavailable["mtp"] = _NO_HEAD
+    if mode == "auto" and draft is None:
+        unavailable["draft"] = _NO_DRAFT_MODEL
+    speculation = Speculation(
+        mode=mode, draft=draft, num_kv_blocks=num_kv_blocks, unavailable=unavailable
+    )
     if head is None:
-        if mode == "auto":
-            unavailable["mtp"] = _NO_HEAD
-        return Speculation(mode=mode, unavailable=unavailable)
-    return Speculation(
-        mode=mode,
+        return speculation
+    return replace(
+        speculation,
         hidden_size=spec.hidden_size,
         mtp=load_module(target, spec, tensors, head, num_kv_blocks),
         mtp_acceptance=head.acceptance_by_position,
         mtp_chains_normed=head.chains_normed,
-        num_kv_blocks=num_kv_blocks,
-        unavailable=unavailable,
     )
 
 
-def planned_draft_bytes(
+def planned_module_bytes(
     config: EngineConfig,
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
@@ -63,7 +70,7 @@ def planned_draft_bytes(
     isa: str,
     num_threads: int,
 ) -> int:
-    """What the drafters will allocate, from headers alone; see `Speculation.memory_bytes`."""
+    """What a module will allocate, from headers alone; see `Speculation.memory_bytes`."""
     head = choose_head(config, spec, tensors)
     if head is None:
         return 0

@@ -142,10 +142,10 @@ class SpeculationPolicy:
         draft_s = self._clock() - began_s
         step.sunk_s += draft_s
         planner = self.models.planners.get(ask.name)
+        if not any(draft.token_ids for draft in drafts):
+            return  # it may have caught up with a prompt, which is not what a draft costs
         if planner is not None:
             planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
-        if not any(draft.token_ids for draft in drafts):
-            return
         seq_ids = [step.seq_ids[index] for index in ask.indices]
         rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
         survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))

@@ -17,12 +17,14 @@ from engine.config import SpeculationMode
 from engine.lanes import Float32Array
 from engine.speculation.chain import ChainDrafter
 from engine.speculation.costs import Costs
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.drafter import Drafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.policy import SpeculationPolicy
 
 NGRAM_DRAFTS = 8  # K at most, of each
 MTP_DRAFTS = 4
+MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
@@ -43,22 +45,30 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     mtp: fulcrum_core.Model | None = None
     mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
     mtp_chains_normed: bool = False
+    draft: DraftModel | None = None
     num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
 
     @property
     def drafters(self) -> tuple[str, ...]:
         """Names of the drafters that there are."""
-        names = ["ngram"] if self.mode in ("auto", "ngram") else []
-        return (*names, "mtp") if self.mtp is not None else tuple(names)
+        has = {
+            "ngram": self.mode in ("auto", "ngram"),
+            "mtp": self.mtp is not None,
+            "draft": self.draft is not None,
+        }
+        return tuple(name for name, is_there in has.items() if is_there)
 
     def memory_bytes(self, num_lanes: int) -> int:
         """What the drafters have allocated, the hidden states kept for them included."""
-        if self.mtp is None:
-            return 0
-        kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
-        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size, self.mtp_chains_normed)
-        return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
+        num_bytes = 0
+        if self.mtp is not None:
+            num_bytes += hidden_states_bytes(num_lanes, self.hidden_size, self.mtp_chains_normed)
+        for model in (self.mtp, None if self.draft is None else self.draft.core):
+            if model is not None:
+                num_bytes += model.weights_bytes + model.activation_bytes
+                num_bytes += self.num_kv_blocks * model.kv_bytes_per_block
+        return num_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
         """Memory for the states that the batch keeps, (num_lanes * W, D); None: nobody reads."""
@@ -84,6 +94,18 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
                     max_step_tokens=max_step_tokens,
                     position_priors=self.mtp_acceptance,
                     hidden=hidden,
+                )
+            )
+        if self.draft is not None:
+            drafters.append(
+                ChainDrafter(
+                    "draft",
+                    self.draft.core,
+                    lanes,
+                    max_drafts=MODEL_DRAFTS,
+                    max_step_tokens=max_step_tokens,
+                    position_priors=(),
+                    num_ids=self.draft.num_shared_ids,
                 )
             )
         costs = Costs(max_step_tokens, len(lanes.tokens))

@@ -66,8 +66,9 @@ def test_speculation_is_explained(drafting: ServerProcess) -> None:
     _complete(drafting, "ngram")
     report = httpx.get(f"{drafting.url}/v1/speculation", timeout=10).json()
     drafters = {entry["name"]: entry for entry in report["drafters"]}
-    assert set(drafters) == {"ngram", "mtp"}
-    assert all(entry["qualifies"] for entry in drafters.values())
+    qualifies = {name: entry["qualifies"] for name, entry in drafters.items()}
+    assert qualifies == {"ngram": True, "mtp": True, "draft": False}
+    assert "--draft-model" in drafters["draft"]["status"]
     assert drafters["ngram"]["num_accepted_tokens"] > 0
     assert report["step_s"]
     assert "speculation auto: ngram, mtp" in drafting.log
@@ -93,7 +94,7 @@ def test_a_drafter_that_is_not_there_is_a_400(tmp_path: Path) -> None:
     assert caught.value.code == "unavailable_drafter"
     assert caught.value.param == "fulcrum.speculation"
     qualifies = {entry["name"]: entry["qualifies"] for entry in report["drafters"]}
-    assert qualifies == {"ngram": True, "mtp": False}
+    assert qualifies == {"ngram": True, "mtp": False, "draft": False}
     (mtp,) = (entry for entry in report["drafters"] if entry["name"] == "mtp")
     assert mtp["status"] == "--speculation ngram"
 

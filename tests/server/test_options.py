@@ -48,6 +48,7 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "telemetry": "off",
         "speculation": "mtp",
         "mtp-head": "head",
+        "draft-model": "d",
     }
     argv = [part for name, value in values.items() for part in (f"--{name}", value)]
     environ = {f"FULCRUM_{n.replace('-', '_').upper()}": v for n, v in values.items()}

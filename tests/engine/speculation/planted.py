@@ -23,6 +23,7 @@ class AlwaysDraft(SpeculationPolicy):
         super().__init__([], costs)
         self.drafters: dict[str, Any] = {"planted": PlantedDrafter()}
         self.num_accepted = 0
+        self.num_verified = 0
         self._propose = propose
         self._drafts: dict[int, Draft] = {}
 
@@ -36,6 +37,7 @@ class AlwaysDraft(SpeculationPolicy):
 
     def observe(self, seq_id: int, num_verified: int, emitted_ids: Row[int]) -> int:
         self.num_accepted += len(emitted_ids) - 1
+        self.num_verified += num_verified
         return len(emitted_ids) - 1
 
     def observe_step(self, num_step_tokens: int, step_s: float) -> None:
