@@ -40,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
-    speculation: SpeculationMode = "off"
+    speculation: SpeculationMode = "auto"
     mtp_head: str | None = None  # folder that a head was trained into
     draft_model: str | None = None  # a smaller model that drafts, named as `model` is
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests

@@ -78,7 +78,12 @@ class Runner:
         )
         policy = speculation.policy(self._batch, hidden, max_step_tokens=settings.max_step_tokens)
         if policy.drafters:
-            calibrate(self._batch, policy.costs, settings.max_step_tokens)
+            calibrate(
+                self._batch,
+                policy,
+                max_step_tokens=settings.max_step_tokens,
+                num_kv_blocks=settings.num_kv_blocks,
+            )
         self.speculator = Speculator(
             policy, self.scheduler, self._batch.lanes, settings.max_step_tokens
         )

@@ -127,7 +127,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--speculation",
         choices=SPECULATION_MODES,
         default=defaults.speculation,
-        help="who drafts tokens for the model to verify; the text is the same (default: off)",
+        help="who drafts tokens for the model to verify, text unchanged (default: %(default)s)",
     )
     group.add_argument("--mtp-head", help="folder of a head that was trained for the model")
     group.add_argument(
@@ -176,6 +176,30 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         help="time without reading after which a stream is closed (default: %(default)s)",
     )
     group.add_argument(
+        "--max-ttft-s",
+        type=_seconds(0.0),
+        default=defaults.max_ttft_s,
+        help="beyond this predicted time to the first token 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--header-timeout-s",
+        type=_seconds(0.1),
+        default=defaults.header_timeout_s,
+        help="time for a request's headers (default: %(default)s)",
+    )
+    group.add_argument(
+        "--body-timeout-s",
+        type=_seconds(0.1),
+        default=defaults.body_timeout_s,
+        help="time for a request's body, longer if it comes at 16 KiB/s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--telemetry",
+        choices=("auto", "host", "gpu", "off"),
+        default=defaults.telemetry,
+        help="whose sensors decide on admission; auto: the device that computes (default: auto)",
+    )
+    group.add_argument(
         "--receipts",
         type=Path,
         help="file that receipts of applied settings are added to "
@@ -212,6 +236,11 @@ def _to_options(args: argparse.Namespace) -> Options:
             grace_s=args.grace_s,
             health_stale_s=args.health_stale_s,
             stalled_reader_s=args.stalled_reader_s,
+            header_timeout_s=args.header_timeout_s,
+            body_timeout_s=args.body_timeout_s,
+            max_ttft_s=args.max_ttft_s,
+            max_step_tokens=args.max_step_tokens,
+            telemetry=args.telemetry,
         ),
         served_model_name=args.served_model_name,
         host=args.host,

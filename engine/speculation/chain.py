@@ -4,6 +4,7 @@ The core does it in one call (cpp/draft.h); here is which positions the model st
 with, for each of the engine's lanes.
 """
 
+import time
 from bisect import bisect_right
 from collections.abc import Sequence as Row
 from typing import Any
@@ -67,6 +68,7 @@ class ChainDrafter:
         texts = {n: lanes.params[n] for n in ("temperature", "top_p", "min_p", "top_k", "seed")}
         if hidden is not None:
             texts["hidden"] = hidden
+        self._blocks = lanes.blocks
         self._core.bind(tokens=lanes.tokens, blocks=lanes.blocks, **texts, **self._call)
         # Of each lane: whose text this is about, from where on it is seen, how far it is computed.
         self._owners: list[tuple[int, int] | None] = [None] * num_lanes
@@ -97,6 +99,22 @@ class ChainDrafter:
             num_tokens += count
         self._run(group, drafts)
         return drafts
+
+    def time_probe(self, num_sequences: int, num_drafts: int) -> float:
+        """Draft behind made-up texts of a token; return the seconds.
+
+        Only before anything is served: it writes into the first blocks of the cache.
+        """
+        rows = np.arange(num_sequences, dtype=np.int32)
+        values = {"lanes": rows, "begin": 0, "end": 1, "start": 0, "num_drafts": num_drafts}
+        for name, value in values.items():
+            self._call[name][:num_sequences] = value
+        self._blocks[:num_sequences, 0] = rows
+        began_s = time.perf_counter()
+        self._core.propose(num_sequences, 0.0)
+        seconds = time.perf_counter() - began_s
+        self._blocks[:num_sequences, 0] = 0
+        return seconds
 
     def _text_span(self, seq: Sequence, budget: int) -> tuple[int, int] | None:
         """Positions to catch up with, and note that they are; None where there are none.

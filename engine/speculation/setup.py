@@ -4,7 +4,9 @@ The loader makes a `Speculation`; the engine asks it for what its steps need.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Row
+from functools import partial
 
 import fulcrum_core
 import msgspec
@@ -26,10 +28,12 @@ MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-_CALIBRATION_S = 1.0  # at most
+_CALIBRATION_S = 0.8  # at most, for steps,
+_DRAFT_CALIBRATION_S = 0.2  # and for drafts
 # The most telling first. Beyond the largest, and so where prompts share the step, a row would look
 # free: it has to reach what such a step holds.
 _CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
+_CALIBRATED_SEQUENCES = (1, 4, 16, 64)
 _CALIBRATION_ROUNDS = 3
 
 
@@ -116,17 +120,37 @@ def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -
     return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
 
 
-def calibrate(batch: Batch, costs: Costs, max_step_tokens: int) -> None:
-    """Time steps of several sizes before anybody is served, and seed the cost of a step."""
-    began_s = time.monotonic()
-    best_s: dict[int, float] = {}
+def calibrate(
+    batch: Batch, policy: SpeculationPolicy, *, max_step_tokens: int, num_kv_blocks: int
+) -> None:
+    """Time steps and drafts of several sizes before anybody is served, and seed their costs."""
+    ends_at_s = time.monotonic() + _CALIBRATION_S
     # A made-up text is no longer than what a lane holds.
     most = min(max_step_tokens, batch.lanes.tokens.shape[1])
+    sizes = [size for size in _CALIBRATED_TOKENS if size <= most]
+    for size, step_s in _best_times_s(batch.time_probe, sizes, ends_at_s).items():
+        policy.costs.step.seed(size, step_s)
+    max_sequences = min(len(batch.lanes.tokens), num_kv_blocks)
+    counts = [count for count in _CALIBRATED_SEQUENCES if count <= max_sequences]
+    ends_at_s = time.monotonic() + _DRAFT_CALIBRATION_S
+    for drafter in policy.drafters.values():
+        if not isinstance(drafter, ChainDrafter):
+            continue
+        cost = policy.costs.drafter(drafter.name, drafter.max_drafts)
+        for num_drafts in range(1, drafter.max_drafts + 1):
+            probe = partial(drafter.time_probe, num_drafts=num_drafts)
+            for count, draft_s in _best_times_s(probe, counts, ends_at_s).items():
+                cost.curve(num_drafts).seed(count, draft_s)
+
+
+def _best_times_s(
+    probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
+) -> dict[int, float]:
+    """The least time of each size over a few rounds, the first sizes' if the time runs out."""
+    best_s: dict[int, float] = {}
     for _ in range(_CALIBRATION_ROUNDS):
-        for num_tokens in _CALIBRATED_TOKENS:
-            if num_tokens > most or time.monotonic() - began_s > _CALIBRATION_S:
-                continue
-            step_s = batch.time_probe(num_tokens)
-            best_s[num_tokens] = min(step_s, best_s.get(num_tokens, step_s))
-    for num_tokens, step_s in best_s.items():
-        costs.step.seed(num_tokens, step_s)
+        for size in sizes:
+            if time.monotonic() < ends_at_s:
+                seconds = probe(size)
+                best_s[size] = min(seconds, best_s.get(size, seconds))
+    return best_s
