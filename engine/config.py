@@ -40,7 +40,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
     speculation: SpeculationMode = "off"
-    mtp_head: str | None = None  # folder that a head was trained into
+    mtp_head: str | None = None  # folder that a head was trained into, for auto and mtp
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
@@ -54,11 +54,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
         if self.speculation not in ("auto", "off", "ngram", "mtp"):
             raise ConfigError(f"--speculation {self.speculation}: choose auto, off, ngram or mtp")
-        if self.mtp_head is not None and self.speculation not in ("auto", "mtp"):
-            raise ConfigError(
-                f"--mtp-head {self.mtp_head}: needs --speculation auto or mtp, not "
-                f"{self.speculation}"
-            )
         for name, value in (
             ("--max-sequences", self.max_sequences),
             ("--max-step-tokens", self.max_step_tokens),

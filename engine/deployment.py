@@ -8,8 +8,9 @@ from msgspec.structs import replace
 
 from engine.config import EngineConfig
 from engine.ledger import Ledger, anonymous_memory_bytes, measured_ledger
-from engine.loader import LoadedModel, TextSide, load_model
+from engine.loader import LoadedModel, ModelHeaders, TextSide, load_model
 from engine.runner import EngineSettings
+from engine.speculation.load import load_speculation
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -58,6 +59,21 @@ def deploy(
         max_model_len=loaded.max_model_len,
     )
     return Deployment(decided, loaded)
+
+
+def redeploy(
+    deployment: Deployment, config: EngineConfig, headers: ModelHeaders, draft_bytes: int
+) -> Deployment:
+    """The same core with the drafters that `config` asks for, loaded beside those it has.
+
+    `config` differs in nothing else, and `draft_bytes` is what its ledger says. Raises ConfigError.
+    """
+    loaded = deployment.loaded
+    speculation = load_speculation(
+        config, loaded.core, loaded.spec, headers.checkpoint.tensors, loaded.num_kv_blocks
+    )
+    ledger = replace(loaded.ledger, draft_bytes=draft_bytes)
+    return Deployment(config, replace(loaded, speculation=speculation, ledger=ledger))
 
 
 def reclaimable_bytes(ledger: Ledger) -> int:

@@ -229,6 +229,7 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
         model, client = app[MODEL], app[CLIENT]
         model.max_model_len = max_model_len
         model.fingerprint = deployment.loaded.fingerprint
+        model.drafters = deployment.loaded.speculation.drafters
         client.limits = msgspec.structs.replace(
             client.limits, max_sequences=deployment.config.max_sequences
         )

@@ -143,6 +143,7 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
                 enabled=has_parts and built and config.speculation in ("auto", name),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
+                setting={"speculation": name} if has_parts and built else None,
             )
         )
     return rows
@@ -150,9 +151,7 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
 
 def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | None]:
     checkpoint = headers.checkpoint
-    wanted = msgspec.structs.replace(
-        config, speculation="auto" if config.mtp_head is None else config.speculation
-    )
+    wanted = msgspec.structs.replace(config, speculation="auto")
     found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
     if found is not None:
         per_step = found[0].tokens_per_step

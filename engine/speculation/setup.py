@@ -5,6 +5,7 @@ The loader makes a `Speculation`; the engine asks it for what its steps need.
 
 import time
 from collections.abc import Mapping
+from collections.abc import Sequence as Row
 
 import fulcrum_core
 import msgspec
@@ -24,10 +25,12 @@ MTP_DRAFTS = 4
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-_CALIBRATION_S = 1.0  # at most
+CALIBRATION_S = 1.0  # at most, before anybody is served
+SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
 # The most telling first. Beyond the largest, and so where prompts share the step, a row would look
 # free: it has to reach what such a step holds.
 _CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
+MOST_CALIBRATED_TOKENS = max(_CALIBRATED_TOKENS)
 _CALIBRATION_ROUNDS = 3
 
 
@@ -93,15 +96,23 @@ def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
     return num_lanes * HIDDEN_WINDOW * hidden_size * 4
 
 
-def calibrate(batch: Batch, costs: Costs, max_step_tokens: int) -> None:
-    """Time steps of several sizes before anybody is served, and seed the cost of a step."""
-    began_s = time.monotonic()
+def calibrate(
+    batch: Batch, costs: Costs, most_tokens: int, blocks: Row[int], time_s: float
+) -> None:
+    """Time steps of several sizes between two steps, and seed the cost of a step.
+
+    `blocks` of the cache are written to and hold `most_tokens`; it takes about `time_s` at most.
+    """
+    ends_at_s = time.monotonic() + time_s
     best_s: dict[int, float] = {}
     for _ in range(_CALIBRATION_ROUNDS):
         for num_tokens in _CALIBRATED_TOKENS:
-            if num_tokens > max_step_tokens or time.monotonic() - began_s > _CALIBRATION_S:
+            # A step of twice the tokens takes twice the time at most.
+            less = [n for n in best_s if n <= num_tokens]
+            most_s = best_s[max(less)] * num_tokens / max(less) if less else 0.0
+            if num_tokens > most_tokens or time.monotonic() + most_s > ends_at_s:
                 continue
-            step_s = batch.time_probe(num_tokens)
+            step_s = batch.time_probe(num_tokens, blocks)
             best_s[num_tokens] = min(step_s, best_s.get(num_tokens, step_s))
     for num_tokens, step_s in best_s.items():
         costs.step.seed(num_tokens, step_s)

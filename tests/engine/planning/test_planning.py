@@ -92,7 +92,8 @@ def test_each_technique_has_evidence_or_says_what_it_needs(
     ]
     assert rows["KV int8"].enabled
     assert not rows["KV bf16"].enabled
-    assert "no multi-token prediction module" in rows["speculation mtp"].evidence
+    assert "no head was trained" in rows["speculation mtp"].evidence
+    assert rows["speculation ngram"].setting == {"speculation": "ngram"}
 
 
 def test_a_calibration_is_made_once_and_predicts_its_own_steps(
