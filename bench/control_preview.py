@@ -7,6 +7,7 @@ again, since then nobody could have kept the promise.
 """
 
 import asyncio
+import math
 import os
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from engine.checkpoint.cache import cache_folder
 CONCURRENCIES = (1, 8)
 _MIB = 1 << 20
 _PROMPT_WORDS = 100
+_LONG_PROMPT_WORDS = 1000
 _OUTPUT_TOKENS = 128
 _ROUNDS = 4
 _MAX_DRIFT = 0.08  # of the calibrated speed between before and after
@@ -51,6 +53,7 @@ class Setting(msgspec.Struct, frozen=True):
             "--speculation": self.speculation,
             "--kv-memory": "64MiB",  # small enough to be written to in a few seconds
             "--max-model-len": "2048",
+            "--max-sequences": "8",  # all of their state is written to as well
         }
         return [part for pair in pairs.items() for part in pair]
 
@@ -117,6 +120,8 @@ class _Bench:
         """Fill the cache, look at the memory, then hold the promises of speed."""
         models = await get_json(self._session, f"{self._server.url}/v1/models")
         self._model = models["data"][0]["id"]
+        # A long prompt whose every token is scored fills the largest steps and all their rows.
+        await self._load(1, _LONG_PROMPT_WORDS, {"echo": True, "logprobs": 1, "temperature": 1})
         for _ in range(3):
             await self._load(max(CONCURRENCIES))
         resident_mib = self._server.anonymous_bytes() / _MIB
@@ -125,13 +130,14 @@ class _Bench:
         await self._wait_for_quality()
         cases = []
         for concurrency in CONCURRENCIES:
-            for attempt in range(1, _ATTEMPTS + 1):
+            attempts = 0
+            drift = math.inf
+            while abs(drift) > _MAX_DRIFT and attempts < _ATTEMPTS:
+                attempts += 1
                 preview, promise = await self._promise(concurrency)
                 rate = _decode_rate([await self._load(concurrency) for _ in range(_ROUNDS)])
                 _, again = await self._promise(concurrency)
                 drift = again["value"] / promise["value"] - 1
-                if abs(drift) <= _MAX_DRIFT:
-                    break
             planned = preview["memory"]["components"]
             cases.append(
                 Case(
@@ -142,7 +148,7 @@ class _Bench:
                     high=promise["high"],
                     measured=rate,
                     drift=drift,
-                    attempts=attempt,
+                    attempts=attempts,
                     basis=preview["speed"]["speculation"],
                     planned_mib=preview["memory"]["total_bytes"] / _MIB,
                     resident_mib=resident_mib,
@@ -180,16 +186,19 @@ class _Bench:
             await asyncio.sleep(1.0)
         print(f"{self._setting}: quality is not measured yet", file=sys.stderr)
 
-    async def _load(self, concurrency: int) -> list[Outcome]:
+    async def _load(
+        self, concurrency: int, words: int = _PROMPT_WORDS, extra: dict[str, Any] | None = None
+    ) -> list[Outcome]:
         target = Target(
             url=f"{self._server.url}/v1",
             model=self._model,
             max_tokens=_OUTPUT_TOKENS,
             ignore_eos=True,
+            extra=extra or {},
         )
         source = PromptSource(None, seed=1)
         first, self._num_prompts = self._num_prompts, self._num_prompts + concurrency
-        prompts = [source.prompt(first + i, _PROMPT_WORDS) for i in range(concurrency)]
+        prompts = [source.prompt(first + i, words) for i in range(concurrency)]
         return list(
             await asyncio.gather(*(complete(self._session, target, text) for text in prompts))
         )

@@ -14,9 +14,11 @@ from engine.planning.drafting import Drafting
 _CHUNK_TOKENS = 512  # of a prompt while nothing decodes
 _MIN_MARGIN = 0.12  # other processes, the page cache, the clock of the processor
 _MAX_MARGIN = 0.20
-# What the event loop takes of a step: decoding text, framing and sending, on the same cores.
-EVENT_LOOP_S_PER_TOKEN = 90e-6
-EVENT_LOOP_S_PER_STEP = 150e-6
+# What the event loop and a client on the same machine take of a step's cores: decoding text,
+# framing, sending and reading. In units of the calibration's piece of Python, as measured by the
+# CPU time of both while 1, 4 and 8 streams ran; a little more than half is the client's.
+_STREAM_WORK_PER_STEP = 3.6
+_STREAM_WORK_PER_SEQUENCE = 0.84
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -103,7 +105,7 @@ class CostModel:
         alone, gain_alone = self._served(1, context)
         together, gain_together = self._served(concurrency, concurrency * context)
         prefill_s = self.prefill_s(prompt_tokens)
-        ttft_s = prefill_s + EVENT_LOOP_S_PER_STEP + EVENT_LOOP_S_PER_TOKEN
+        ttft_s = prefill_s + self._streaming_s(1)
         return Speed(
             decode_tokens_per_s=_around(alone, self.margin(1)),
             total_tokens_per_s=_around(together, self.margin(concurrency)),
@@ -117,9 +119,14 @@ class CostModel:
             speculation_gain_together=gain_together,
         )
 
+    def _streaming_s(self, num_sequences: int) -> float:
+        """What sending a step's tokens takes of the cores that compute the next one."""
+        work = _STREAM_WORK_PER_STEP + num_sequences * _STREAM_WORK_PER_SEQUENCE
+        return work * self.calibration.python_s
+
     def _served(self, num_sequences: int, context_tokens: float) -> tuple[float, float]:
         """Tokens per second with what the event loop adds to a step, and the drafts' part in it."""
-        extra_s = EVENT_LOOP_S_PER_STEP + num_sequences * EVENT_LOOP_S_PER_TOKEN
+        extra_s = self._streaming_s(num_sequences)
         gain = self.gain(num_sequences, context_tokens, extra_s)
         step_s = self.decode_step_s(num_sequences, context_tokens) + extra_s
         return gain * num_sequences / step_s, gain
