@@ -15,8 +15,10 @@ _START_TIMEOUT_S = 120.0
 class LocalServer:
     """Starts on entering, on a free port of 127.0.0.1, and is stopped on leaving."""
 
-    def __init__(self, options: list[str]) -> None:
+    def __init__(self, options: list[str], environment: dict[str, str] | None = None) -> None:
+        """Without an `environment` it has that of this process."""
         self._options = options
+        self._environment = environment
         self._folder = tempfile.TemporaryDirectory(prefix="fulcrum-bench-")
         self._log_path = Path(self._folder.name) / "server.log"
         self._process: subprocess.Popen[str] | None = None
@@ -26,7 +28,9 @@ class LocalServer:
         command = [sys.executable, "-m", "server", "--port", "0", *self._options]
         command += ["--receipts", str(self._log_path.with_name("receipts.jsonl"))]
         with self._log_path.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, env=self._environment
+            )
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("address"):

@@ -74,8 +74,11 @@ class BoundModel {
 
   void bind(const py::kwargs& buffers) {
     BoundBuffers next = buffers_;
-    // Another batch's hidden states are not written on with this one's rows.
-    if (buffers.contains("token_ids")) next.remove("hidden");
+    // Another batch's hidden states and logits are not written on with this one's rows.
+    if (buffers.contains("token_ids")) {
+      next.remove("hidden");
+      next.remove("logits");
+    }
     for (const auto& [name, array] : buffers) {
       next.add(name.cast<std::string>(), array.cast<py::array>());
     }

@@ -98,11 +98,7 @@ class Batch:
         self._buffers = _allocate(max_sequences, max_step_tokens, self._lanes.blocks.shape[1])
         self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
         self._hidden_window = 0
-        if hidden is not None:
-            self._hidden_window = len(hidden) // max_sequences
-            self._buffers["hidden"] = hidden
-            self._buffers["hidden_rows"] = np.zeros(max_step_tokens, np.int32)
-        core.bind(**self._buffers)
+        self.keep_hidden(hidden)
         # Of the step that is laid out: the lane of each row, whether it is a sample (None: all
         # are), and the first row of each sequence.
         self._row_lanes: NDArray[np.intp] = np.zeros(0, np.intp)
@@ -118,6 +114,19 @@ class Batch:
     def lanes(self) -> Lanes:
         """The running sequences' texts, blocks and parameters: what drafters read."""
         return self._lanes
+
+    def keep_hidden(self, hidden: Float32Array | None) -> None:
+        """Keep the hidden states of the steps to come in other memory than before; None: nowhere.
+
+        `hidden` is (max_sequences * W, D).
+        """
+        buffers = {name: array for name, array in self._buffers.items() if "hidden" not in name}
+        if hidden is not None:
+            buffers["hidden"] = hidden
+            buffers["hidden_rows"] = np.zeros(len(buffers["token_ids"]), np.int32)
+        self._core.bind(**buffers)
+        self._buffers = buffers
+        self._hidden_window = 0 if hidden is None else len(hidden) // len(self._lanes.tokens)
 
     def open_lane(self, seq: Sequence) -> None:
         """Take in a sequence that the coming step is the first to advance."""
@@ -185,20 +194,24 @@ class Batch:
             buffers["top_logprobs"],
         )
 
-    def time_probe(self, num_tokens: int) -> float:
+    def time_probe(self, num_tokens: int, block_ids: Row[int]) -> float:
         """Compute a made-up text of so many tokens, all of them sampled; return the seconds.
 
-        Only before anything is served: it writes into the first blocks of the cache.
+        Between two steps: it writes into these blocks, which nobody may hold.
         """
         buffers = self._buffers
         positions = np.arange(num_tokens, dtype=np.int32)
-        for name in ("positions", "slot_mapping", "logits_rows", "noise_position"):
+        for name in ("positions", "logits_rows", "noise_position"):
             buffers[name][:num_tokens] = positions
+        index, offset = np.divmod(positions, self._block_size)
+        blocks = np.array(block_ids, np.int32)
+        buffers["slot_mapping"][:num_tokens] = blocks[index] * self._block_size + offset
         buffers["token_ids"][:num_tokens] = 0
         buffers["query_start"][:2] = (0, num_tokens)
         buffers["seq_lens"][0] = num_tokens
         num_columns = -(-num_tokens // self._block_size)
-        buffers["block_table"][0, :num_columns] = positions[:num_columns]
+        buffers["block_table"][0, :num_columns] = blocks[:num_columns]
+        self._written_lanes = None  # the rows' parameters are the probe's
         for name, value in (("target_ids", -1), ("num_logprobs", -1), ("repetition_penalty", 1)):
             buffers[name][:num_tokens] = value
         buffers["temperature"][:num_tokens] = 0

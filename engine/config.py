@@ -41,6 +41,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
     speculation: SpeculationMode = "auto"
+    # Used where `speculation` is auto or theirs, which an apply may change.
     mtp_head: str | None = None  # folder that a head was trained into
     draft_model: str | None = None  # a smaller model that drafts, named as `model` is
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
@@ -74,13 +75,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         mode = self.speculation
         if mode not in SPECULATION_MODES:
             raise ConfigError(f"--speculation {mode}: choose {', '.join(SPECULATION_MODES)}")
-        for option, value, own_mode in (
-            ("--mtp-head", self.mtp_head, "mtp"),
-            ("--draft-model", self.draft_model, "draft"),
-        ):
-            if value is not None and mode not in ("auto", own_mode):
-                raise ConfigError(
-                    f"{option} {value}: needs --speculation auto or {own_mode}, not {mode}"
-                )
         if mode == "draft" and self.draft_model is None:
             raise ConfigError("--speculation draft: needs --draft-model, a smaller model")
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """Whether the smaller model is to draft, where one is named."""
+        return self.speculation in ("auto", "draft")

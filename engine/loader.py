@@ -101,7 +101,7 @@ def load_model(
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
         num_blocks = context.num_kv_blocks
         draft = None
-        if headers.draft is not None:
+        if headers.draft is not None and config.drafts_with_model:
             draft = load_draft_model(
                 headers.draft, core, spec.vocab_size, tokenizer, num_blocks, niceness
             )
@@ -172,7 +172,7 @@ def plan_headers(
     )
     machine = (plan.context, headers.isa, headers.num_threads)
     draft_bytes = planned_module_bytes(config, spec, tensors, *machine)
-    if headers.draft is not None:
+    if headers.draft is not None and config.drafts_with_model:
         draft_bytes += planned_bytes(config, headers.draft, *machine)
     return replace(plan, ledger=replace(plan.ledger, draft_bytes=draft_bytes))
 

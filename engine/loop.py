@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.batch import Core
-from engine.migration import Former, Park, Switch, SwitchError, joined_load
+from engine.migration import Former, Park, Redraft, Switch, SwitchError, joined_load
 from engine.runner import EngineSettings, Runner, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -49,7 +49,7 @@ class Engine:
         self._change: Switch | Park | None = None  # waits for its time
         self._change_until_s = 0.0
         self._is_parked = False
-        self._inbox: deque[Submit | Abort | Switch | Park] = deque()
+        self._inbox: deque[Submit | Abort | Switch | Park | Redraft] = deque()
         self._inquiries: deque[Future[SpeculationReport]] = deque()
         self._wake = threading.Event()
         # Guards the inbox against its end: a message is either read by the thread or refused.
@@ -91,6 +91,11 @@ class Engine:
         Sequences that have not ended wait, and so does whatever is submitted meanwhile.
         """
         return self._request_change(Park(grace_s))
+
+    def redraft(self, speculation: Speculation) -> Future[None]:
+        """Draft in another way from the next step on. The future fails with SwitchError, and the
+        former drafters draft on, where that cannot be done."""
+        return self._request_change(Redraft(speculation))
 
     def speculation(self) -> Future[SpeculationReport]:
         """What speculation does now and why; answered between two steps. Callable anywhere."""
@@ -193,7 +198,8 @@ class Engine:
         if has_failed:
             events += self._end_all("error", FAILED)
         if events or num_tokens:
-            self._report(events, self._load(), step_s, num_tokens)
+            num_drafted = self._runner.speculator.num_drafted if num_tokens else 0
+            self._report(events, self._load(), step_s, num_tokens, num_drafted)
         if has_failed:
             self._close(FAILED)
         return not has_failed
@@ -257,7 +263,7 @@ class Engine:
 
     # Changes of the core; see migration.py
 
-    def _request_change(self, message: Switch | Park) -> Future[None]:
+    def _request_change(self, message: Switch | Park | Redraft) -> Future[None]:
         with self._inbox_lock:
             if self._closed_with is not None:
                 message.done.set_exception(SwitchError("the engine is stopping"))
@@ -273,13 +279,29 @@ class Engine:
             return True
         return not self._scheduler.has_work
 
-    def _begin_change(self, message: Switch | Park) -> None:
+    def _begin_change(self, message: Switch | Park | Redraft) -> None:
         if self._change is not None or self._former is not None:
             message.done.set_exception(SwitchError("another change of the core is under way"))
+            return
+        if isinstance(message, Redraft):
+            self._redraft(message)
             return
         self._change = message
         wait_s = message.grace_s if isinstance(message, Park) else message.timeout_s
         self._change_until_s = time.monotonic() + wait_s
+
+    def _redraft(self, message: Redraft) -> None:
+        if self._is_parked:
+            message.done.set_exception(SwitchError("there is no core at the moment"))
+            return
+        try:
+            self._runner.change_speculation(message.speculation)
+        except Exception as error:
+            log.exception("the drafters could not be changed")
+            message.done.set_exception(SwitchError(f"the drafters could not be changed: {error}"))
+        else:
+            message.done.set_result(None)
+        self._heartbeat_s = time.monotonic()  # timing the steps is no part of the next one
 
     def _try_change(self, message: Switch | Park) -> None:
         is_over = self._heartbeat_s >= self._change_until_s
@@ -352,7 +374,7 @@ class Engine:
         with self._inbox_lock:
             self._closed_with = ("error", error)
             unread = [message for message in self._inbox if isinstance(message, Submit)]
-            changes = [m for m in self._inbox if isinstance(m, Switch | Park)]
+            changes = [m for m in self._inbox if isinstance(m, Switch | Park | Redraft)]
             self._inbox.clear()
         events = self._scheduler.abandon(error)
         if self._former is not None:
@@ -372,9 +394,10 @@ class Engine:
         load: EngineLoad,
         step_s: float = 0.0,
         num_step_tokens: int = 0,
+        num_drafted: int = 0,
     ) -> None:
         try:
-            self._on_report(StepReport(tuple(events), load, step_s, num_step_tokens))
+            self._on_report(StepReport(tuple(events), load, step_s, num_step_tokens, num_drafted))
         except Exception:
             # A callback that fails, such as one whose event loop has closed, has no readers.
             log.exception("a report was not taken")

@@ -1,5 +1,5 @@
-"""The change of the core under running sequences: messages to the engine thread, and the state
-that served before until its sequences have moved.
+"""The change of the core or of the drafters under running sequences: messages to the engine thread,
+and the state that served before until its sequences have moved.
 
 A sequence moves between two steps and is computed again from its tokens by the new core. One moves
 at a time, while the others go on decoding where they are: the pause of each is its own computation
@@ -39,6 +39,14 @@ class Park:
 
     def __init__(self, grace_s: float) -> None:
         self.grace_s = grace_s
+        self.done: Future[None] = Future()
+
+
+class Redraft:
+    """Draft in another way from the next step on; the core stays."""
+
+    def __init__(self, speculation: Speculation) -> None:
+        self.speculation = speculation
         self.done: Future[None] = Future()
 
 

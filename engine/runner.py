@@ -10,7 +10,15 @@ import msgspec
 from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler, StepPlan
-from engine.speculation.setup import OFF, Speculation, calibrate
+from engine.speculation.policy import SpeculationPolicy
+from engine.speculation.setup import (
+    CALIBRATION_S,
+    MOST_CALIBRATED_TOKENS,
+    OFF,
+    SERVING_CALIBRATION_S,
+    Speculation,
+    calibrate,
+)
 from engine.speculation.speculator import Speculator
 from engine.types import TokenEvent
 
@@ -70,23 +78,18 @@ class Runner:
             eos_token_ids=frozenset(settings.eos_token_ids),
             hidden=hidden,
         )
+        self._blocks = BlockManager(settings.num_kv_blocks, core.block_size)
         self.scheduler = Scheduler(
-            BlockManager(settings.num_kv_blocks, core.block_size),
+            self._blocks,
             max_sequences=settings.max_sequences,
             max_step_tokens=settings.max_step_tokens,
             max_model_len=settings.max_model_len,
         )
+        self._hidden = hidden
         policy = speculation.policy(self._batch, hidden, max_step_tokens=settings.max_step_tokens)
         if policy.drafters:
-            calibrate(
-                self._batch,
-                policy,
-                max_step_tokens=settings.max_step_tokens,
-                num_kv_blocks=settings.num_kv_blocks,
-            )
-        self.speculator = Speculator(
-            policy, self.scheduler, self._batch.lanes, settings.max_step_tokens
-        )
+            self._calibrate(policy, CALIBRATION_S)
+        self.speculator = self._speculator(policy)
 
     def step(self) -> tuple[list[TokenEvent], int]:
         """Compute one step: its events and its number of tokens, 0 where there was nothing to do.
@@ -110,6 +113,50 @@ class Runner:
         self.speculator.learn(plan, num_tokens, time.perf_counter() - began_s)
         return events, num_tokens
 
+    def change_speculation(self, speculation: Speculation) -> None:
+        """Draft in another way from the next step on; core, cache and texts stay as they are.
+
+        Raises what hinders it; the former drafters then draft on.
+        """
+        settings, known = self.settings, self.speculator.policy.costs.step
+        hidden = speculation.hidden_states(settings.max_sequences)
+        try:
+            policy = speculation.policy(
+                self._batch, hidden, max_step_tokens=settings.max_step_tokens
+            )
+            self._batch.keep_hidden(hidden)
+            if policy.drafters and known.is_known:
+                for size, seconds in known.points():
+                    policy.costs.step.seed(size, seconds)
+            elif policy.drafters:
+                is_idle = not self.scheduler.has_work
+                self._calibrate(policy, CALIBRATION_S if is_idle else SERVING_CALIBRATION_S)
+        except BaseException:
+            self._batch.keep_hidden(self._hidden)
+            raise
+        self._hidden = hidden
+        self.scheduler.forget_hidden()
+        self.speculator = self._speculator(policy)
+
+    def _speculator(self, policy: SpeculationPolicy) -> Speculator:
+        return Speculator(policy, self.scheduler, self._batch.lanes, self.settings.max_step_tokens)
+
+    def _calibrate(self, policy: SpeculationPolicy, time_s: float) -> None:
+        """Seed what a step costs; where no block is free, serving will tell."""
+        blocks, block_size = self._blocks, self.core.block_size
+        most_tokens = min(MOST_CALIBRATED_TOKENS, self.settings.max_step_tokens)
+        count = min(
+            blocks.num_free,
+            blocks.num_blocks_for(most_tokens),
+            blocks.num_blocks_for(self.settings.max_model_len),
+        )
+        taken = blocks.allocate(count)
+        try:
+            most_tokens = min(most_tokens, count * block_size, self.settings.max_model_len)
+            calibrate(self._batch, policy, most_tokens, taken, time_s)
+        finally:
+            blocks.release(taken)
+
     def release_core(self) -> None:
         """Put the running sequences back in the queue and let the core go; no step follows."""
         self.scheduler.suspend_all()
@@ -121,6 +168,7 @@ class Runner:
             max_model_len=self.core.block_size,
             eos_token_ids=frozenset(),
         )
+        self._hidden = None
         self.speculator = Speculator(
             OFF.policy(self._batch, None, max_step_tokens=1), self.scheduler, self._batch.lanes, 1
         )

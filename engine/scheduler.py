@@ -113,6 +113,13 @@ class Scheduler:
         self._sequences[seq.seq_id] = seq
         insort(self._waiting, seq, key=_by_rank)
 
+    def forget_hidden(self) -> None:
+        """Note that the hidden states of what is computed by now were kept for nobody."""
+        for seq in self._running:
+            seq.first_computed = (
+                self._blocks.num_blocks_for(seq.num_computed_tokens) * self._block_size
+            )
+
     def suspend_all(self) -> None:
         """Put every running sequence back in the queue."""
         for seq in list(self._running):

@@ -127,3 +127,4 @@ class StepReport(msgspec.Struct, frozen=True):
     load: EngineLoad
     step_s: float = 0.0  # wall time of the step, 0 where nothing was computed
     num_step_tokens: int = 0  # T of the step
+    num_drafted: int = 0  # of these, drafted ones that it verified

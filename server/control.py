@@ -20,11 +20,12 @@ from engine.deployment import Deployment
 from engine.loader import read_headers
 from engine.planning.applier import Applier, SwitchableEngine
 from engine.planning.apply_types import ApplyBusy, ApplyRequest
+from engine.planning.gains import Gains
 from engine.planning.observer import Observer
 from engine.planning.preview import Planner
 from engine.planning.proposal import SETTINGS as SETTING_NAMES
 from engine.planning.proposal import Proposal, settings_of
-from engine.planning.qualification import Technique, qualify
+from engine.planning.qualification import qualify
 from engine.planning.quality import QualityMeasurer
 from engine.planning.receipts import ReceiptLog
 from engine.types import EngineLoad
@@ -190,6 +191,7 @@ def _overview(optimizer: Optimizer, load: EngineLoad) -> dict[str, Any]:
     deployment = applier.deployment
     config, loaded = deployment.config, deployment.loaded
     latest = applier.latest()
+    gains = Gains(load, applier.speculation_report(), applier.receipts.latest())
     return {
         "model": loaded.name,
         "today": {
@@ -200,7 +202,7 @@ def _overview(optimizer: Optimizer, load: EngineLoad) -> dict[str, Any]:
             "memory": deployment.measured().components(),
         },
         "techniques": [
-            _with_gain(row, load)
+            msgspec.structs.replace(row, gained=gains.of(row, settings_of(config)))
             for row in qualify(applier.planner.headers, config, loaded.kv_dtype)
         ],
         "levels": applier.planner.levels(config),
@@ -209,15 +211,6 @@ def _overview(optimizer: Optimizer, load: EngineLoad) -> dict[str, Any]:
         "apply": latest,
         "receipts": applier.latest_receipts(),
     }
-
-
-def _with_gain(row: Technique, load: EngineLoad) -> Technique:
-    """Add what a technique has gained since the start, where that is counted."""
-    if row.kind == "cache" and load.num_prefix_hit_tokens:
-        share = load.num_prefix_hit_tokens / load.num_prefix_queried_tokens
-        gained = f"{load.num_prefix_hit_tokens} prompt tokens not computed again ({share:.0%})"
-        return msgspec.structs.replace(row, gained=gained)
-    return row
 
 
 async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
@@ -232,6 +225,7 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
             gate.costs.renew()
         model.max_model_len = max_model_len
         model.fingerprint = loaded.fingerprint
+        model.drafters = loaded.speculation.drafters
         model.num_kv_blocks = loaded.num_kv_blocks
         gate.limits = msgspec.structs.replace(
             gate.limits,

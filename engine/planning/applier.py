@@ -9,22 +9,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, Protocol
 
 import msgspec
 
 from engine.config import ConfigError, EngineConfig
-from engine.deployment import Deployment, deploy, reclaimable_bytes
+from engine.deployment import Deployment, deploy, reclaimable_bytes, redeploy
 from engine.machine import available_memory_bytes
 from engine.planning.apply_run import ApplyRun
 from engine.planning.apply_types import ApplyBusy, ApplyRequest, Status, now
+from engine.planning.drafting import MeasuredDrafts, measured_drafts
 from engine.planning.observer import Observer
 from engine.planning.preview import Planner, Preview, shortage_text
 from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
 from engine.runner import EngineSettings
+from engine.speculation.report import SpeculationReport
 from engine.speculation.setup import Speculation
 from engine.types import SamplingParams, Submit
 
@@ -34,6 +36,7 @@ _NICENESS = 10  # of the thread that packs weights beside those that serve
 _ANY_BYTES = 1 << 60
 _PROBE_TOKENS = 64
 _KEPT_STATUSES = 50
+_REPORT_WAIT_S = 2.0  # a step may be under way
 
 
 class SwitchableEngine(Protocol):
@@ -51,6 +54,10 @@ class SwitchableEngine(Protocol):
     ) -> Future[None]: ...
 
     def park(self, grace_s: float) -> Future[None]: ...
+
+    def redraft(self, speculation: Speculation) -> Future[None]: ...
+
+    def speculation(self) -> Future[SpeculationReport]: ...
 
 
 class Applier:
@@ -103,6 +110,7 @@ class Applier:
     def preview(self, proposal: Proposal, *, measure: bool) -> Preview:
         """What a proposal would do; raises ConfigError."""
         today = self.deployment.config
+        self.learn_drafts()
         preview = self.planner.preview(
             today, proposal, available_bytes=self.available_bytes(), measure=measure
         )
@@ -165,6 +173,31 @@ class Applier:
             niceness=_NICENESS,
             available_bytes=_ANY_BYTES,
             text=(loaded.tokenizer, loaded.chat_template),
+        )
+
+    def rebuild_drafters(self, config: EngineConfig, draft_bytes: int) -> Deployment:
+        """Load other drafters for the core that serves."""
+        return redeploy(self.deployment, config, self.planner.headers, draft_bytes)
+
+    def speculation_report(self) -> SpeculationReport | None:
+        """What speculation does; None where the engine does not answer or nobody drafts."""
+        if not self.deployment.loaded.speculation.drafters:
+            return None
+        request = self.engine().speculation()
+        try:
+            return request.result(_REPORT_WAIT_S)
+        except (TimeoutError, CancelledError):
+            request.cancel()
+            return None
+
+    def learn_drafts(self) -> None:
+        """Let predictions rest on what the drafters have shown by now."""
+        report = self.speculation_report()
+        if report is None:
+            return
+        new, old = measured_drafts(report), self.planner.measured_drafts
+        self.planner.measured_drafts = MeasuredDrafts(
+            {**old.acceptance, **new.acceptance}, new.run_share or old.run_share
         )
 
     def quality(self, config: EngineConfig) -> Quality:

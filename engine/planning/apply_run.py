@@ -8,15 +8,17 @@ import msgspec
 
 from engine.config import ConfigError, EngineConfig
 from engine.deployment import Deployment
+from engine.ledger import Ledger
 from engine.machine import available_memory_bytes
 from engine.migration import SwitchError
-from engine.planning.apply_types import State, Status, now
+from engine.planning.apply_types import Mode, State, Status, now
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel, Interval
 from engine.planning.observer import DecodeWindow
 from engine.planning.preview import Preview, shortage_text
-from engine.planning.proposal import settings_of
+from engine.planning.proposal import changes_drafters_only, settings_of
 from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome
+from engine.speculation.setup import OFF
 
 if TYPE_CHECKING:
     from engine.planning.applier import Applier
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _ROOM = 1.05  # of what a new state needs, before it is built beside the old one
 _DRAIN_S = 30.0
+_NEXT_STEP_S = 0.2
 _SWITCH_TIMEOUT_S = 600.0  # until the last sequence has moved
 _MIN_STEPS = 24  # of decoding, for a speed to be measured
 _ENOUGH_STEPS = 60
@@ -61,15 +64,13 @@ class ApplyRun:
         if not preview.memory.fits:
             raise ConfigError(shortage_text(preview.memory))
         plan = applier.planner.plan(config)
-        calibration = applier.planner.calibration(plan, measure=False)
-        model = CostModel(calibration) if calibration is not None else None
+        model = applier.planner.cost_model(config, plan, measure=False)
         ledger = plan.ledger
-        needed = (ledger.total_bytes - ledger.runtime_bytes) * _ROOM
-        mode: Literal["beside", "drain"] = "beside"
-        if needed > available_memory_bytes():
-            mode = "drain"
+        mode = self._mode(config, ledger)
         self._update("building", f"building the new state ({mode})", mode=mode, preview=preview)
-        if mode == "beside":
+        if mode == "next_step":
+            self._change_drafters(config, ledger.draft_bytes)
+        elif mode == "beside":
             self._build_beside(config)
         else:
             self._build_drained(config)
@@ -77,6 +78,31 @@ class ApplyRun:
         memory = MemoryOutcome(new.loaded.ledger.components(), new.measured().components())
         del new  # a rollback may need its memory
         self._finish(memory, preview, model, before)
+
+    def _mode(self, config: EngineConfig, ledger: Ledger) -> Mode:
+        if changes_drafters_only(self._old.config, config):
+            return "next_step"
+        needed = (ledger.total_bytes - ledger.runtime_bytes) * _ROOM
+        return "beside" if needed <= available_memory_bytes() else "drain"
+
+    def _change_drafters(self, config: EngineConfig, draft_bytes: int) -> None:
+        """The core stays, and with it all that it has computed."""
+        applier = self._applier
+        began_s = time.monotonic()
+        new = applier.rebuild_drafters(config, draft_bytes)
+        self._build_s = time.monotonic() - began_s
+        self._update("switching", "the next step drafts in the new way")
+        applier.observer.begin_pauses()
+        began_s = time.monotonic()
+        try:
+            applier.engine().redraft(new.loaded.speculation).result(_SWITCH_TIMEOUT_S)
+        finally:
+            # The pause is over with the step that follows.
+            time.sleep(_NEXT_STEP_S)
+            self._pause_s = applier.observer.end_pauses()
+        self._switch_s = time.monotonic() - began_s - _NEXT_STEP_S
+        applier.deployment = new
+        applier.announce(new, new.loaded.max_model_len)
 
     def _build_beside(self, config: EngineConfig) -> None:
         applier = self._applier
@@ -98,9 +124,10 @@ class ApplyRun:
         applier.observer.begin_pauses()
         applier.engine().park(_DRAIN_S).result(_DRAIN_S + 60)
         old_config = self._old.config
-        # The last reference to the old core and its memory.
+        # The last references to the old core and its memory: a drafter shares parts of it.
         self._old = applier.deployment = msgspec.structs.replace(
-            self._old, loaded=msgspec.structs.replace(self._old.loaded, core=None)
+            self._old,
+            loaded=msgspec.structs.replace(self._old.loaded, core=None, speculation=OFF),
         )
         try:
             new = self._timed_build(config)
@@ -197,6 +224,11 @@ class ApplyRun:
     def _roll_back(self) -> None:
         applier = self._applier
         old = self._old
+        if self._status.mode == "next_step":
+            applier.engine().redraft(old.loaded.speculation).result(_SWITCH_TIMEOUT_S)
+            applier.deployment = old
+            applier.announce(old, old.loaded.max_model_len)
+            return
         if self._status.mode == "drain":
             applier.engine().park(0.0).result(60)
             config = old.config

@@ -12,6 +12,8 @@ from engine.planning.receipts import Receipt
 State = Literal[
     "previewing", "building", "checking", "switching", "measuring", "done", "failed", "rolled_back"
 ]
+# The new state beside the old one, or after it; or the old one with other drafters.
+Mode = Literal["beside", "drain", "next_step", "none"]
 _ENDED = ("done", "failed", "rolled_back")
 
 
@@ -27,7 +29,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     state: State
     detail: str
-    mode: Literal["beside", "drain", "none"]
+    mode: Mode
     proposal: ApplyRequest
     began_at: str
     seconds: float

@@ -4,17 +4,21 @@ The preview shows it, the receipt of an apply is held against it.
 """
 
 import itertools
+from typing import Literal
 
 import msgspec
 
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing
+from engine.planning.drafting import Drafting
 
 _CHUNK_TOKENS = 512  # of a prompt while nothing decodes
 _MIN_MARGIN = 0.12  # other processes, the page cache, the clock of the processor
 _MAX_MARGIN = 0.20
-# What the event loop takes of a step: decoding text, framing and sending, on the same cores.
-EVENT_LOOP_S_PER_TOKEN = 90e-6
-EVENT_LOOP_S_PER_STEP = 150e-6
+# What the event loop and a client on the same machine take of a step's cores: decoding text,
+# framing, sending and reading. In units of the calibration's piece of Python, as measured by the
+# CPU time of both while 1, 4 and 8 streams ran; a little more than half is the client's.
+_STREAM_WORK_PER_STEP = 3.6
+_STREAM_WORK_PER_SEQUENCE = 0.84
 
 
 class Interval(msgspec.Struct, frozen=True):
@@ -35,21 +39,25 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     concurrency: int
     prompt_tokens: int
     output_tokens: int
+    speculation: Literal["off", "measured", "estimated"] = "off"  # where its gain comes from
+    speculation_gain: float = 1.0  # in the tokens per second of a sequence alone
+    speculation_gain_together: float = 1.0
 
 
 class CostModel:
     """Seconds of steps, interpolated between those that were measured."""
 
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
+    def __init__(self, calibration: Calibration, drafting: Drafting | None = None) -> None:
+        self.calibration = calibration
+        self._drafting = drafting
         self._widths = sorted(calibration.decode)
         self._chunks = sorted(calibration.prefill)
 
     def decode_step_s(self, num_sequences: float, context_tokens: float) -> float:
         """A step that advances sequences by one token; `context_tokens` is their sum."""
-        seconds = _interpolate(self._widths, self._calibration.decode, num_sequences)
+        seconds = _interpolate(self._widths, self.calibration.decode, num_sequences)
         beyond = max(0.0, context_tokens - num_sequences * SHORT_PROMPT)
-        return seconds + beyond * self._calibration.context_s_per_token
+        return seconds + beyond * self.calibration.context_s_per_token
 
     def prefill_s(self, prompt_tokens: int) -> float:
         """All chunks of a prompt that is computed alone."""
@@ -58,43 +66,70 @@ class CostModel:
             size = min(_CHUNK_TOKENS, prompt_tokens - begin)
             if size < self._chunks[0]:
                 # Small chunks cost what as many decoding sequences do, up to the smallest chunk.
-                first = self._calibration.decode[self._widths[0]].seconds
-                last = self._calibration.prefill[self._chunks[0]].seconds
+                first = self.calibration.decode[self._widths[0]].seconds
+                last = self.calibration.prefill[self._chunks[0]].seconds
                 share = (size - 1) / (self._chunks[0] - 1)
                 seconds += first + share * max(0.0, last - first)
             else:
-                seconds += _interpolate(self._chunks, self._calibration.prefill, size)
-            seconds += size * begin * self._calibration.prefill_context_s
+                seconds += _interpolate(self._chunks, self.calibration.prefill, size)
+            seconds += size * begin * self.calibration.prefill_context_s
         return seconds
 
     def margin(self, num_sequences: float) -> float:
         """Half the width of a prediction's interval, as a share of it."""
         near = min(self._widths, key=lambda width: abs(width - num_sequences))
-        spread = self._calibration.decode[near].spread
-        return min(_MAX_MARGIN, max(_MIN_MARGIN, 2 * spread))
+        spread = self.calibration.decode[near].spread
+        # What is accepted depends on the text.
+        least = _MIN_MARGIN if self._drafting is None else _MAX_MARGIN
+        return min(_MAX_MARGIN, max(least, 2 * spread))
+
+    def gain(self, num_sequences: float, context_tokens: float, extra_s: float = 0.0) -> float:
+        """Tokens per second with drafts over those without; `extra_s` is added to every step."""
+        if self._drafting is None:
+            return 1.0
+
+        def step_s(num_tokens: float) -> float:
+            seen = context_tokens * num_tokens / num_sequences
+            return self.decode_step_s(num_tokens, seen) + extra_s
+
+        return self._drafting.gain(num_sequences, step_s)
+
+    def tokens_per_s(self, num_sequences: float, context_tokens: float) -> float:
+        """What the engine's steps emit, all sequences together."""
+        plain = num_sequences / self.decode_step_s(num_sequences, context_tokens)
+        return plain * self.gain(num_sequences, context_tokens)
 
     def speed(self, concurrency: int, prompt_tokens: int, output_tokens: int) -> Speed:
         """Speeds in the middle of an output, as a client sees them."""
         context = prompt_tokens + output_tokens / 2
-        single_s = self.served_step_s(1, context)
-        together_s = self.served_step_s(concurrency, concurrency * context)
+        alone, gain_alone = self._served(1, context)
+        together, gain_together = self._served(concurrency, concurrency * context)
         prefill_s = self.prefill_s(prompt_tokens)
-        ttft_s = prefill_s + EVENT_LOOP_S_PER_STEP + EVENT_LOOP_S_PER_TOKEN
-        margin = self.margin(1)
+        ttft_s = prefill_s + self._streaming_s(1)
         return Speed(
-            decode_tokens_per_s=_around(1 / single_s, margin),
-            total_tokens_per_s=_around(concurrency / together_s, self.margin(concurrency)),
+            decode_tokens_per_s=_around(alone, self.margin(1)),
+            total_tokens_per_s=_around(together, self.margin(concurrency)),
             prefill_tokens_per_s=_around(prompt_tokens / prefill_s, _MAX_MARGIN),
             ttft_ms=_around(1e3 * ttft_s, _MAX_MARGIN),
             concurrency=concurrency,
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
+            speculation="off" if self._drafting is None else self._drafting.basis,
+            speculation_gain=gain_alone,
+            speculation_gain_together=gain_together,
         )
 
-    def served_step_s(self, num_sequences: float, context_tokens: float) -> float:
-        """A decode step with what the event loop adds to it."""
-        step_s = self.decode_step_s(num_sequences, context_tokens)
-        return step_s + EVENT_LOOP_S_PER_STEP + num_sequences * EVENT_LOOP_S_PER_TOKEN
+    def _streaming_s(self, num_sequences: int) -> float:
+        """What sending a step's tokens takes of the cores that compute the next one."""
+        work = _STREAM_WORK_PER_STEP + num_sequences * _STREAM_WORK_PER_SEQUENCE
+        return work * self.calibration.python_s
+
+    def _served(self, num_sequences: int, context_tokens: float) -> tuple[float, float]:
+        """Tokens per second with what the event loop adds to a step, and the drafts' part in it."""
+        extra_s = self._streaming_s(num_sequences)
+        gain = self.gain(num_sequences, context_tokens, extra_s)
+        step_s = self.decode_step_s(num_sequences, context_tokens) + extra_s
+        return gain * num_sequences / step_s, gain
 
 
 def _around(value: float, margin: float) -> Interval:

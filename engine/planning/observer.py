@@ -1,4 +1,5 @@
-"""What the engine's steps say of speed while it serves: the measured side of a receipt.
+"""What the engine's steps say of speed while it serves, in emitted tokens: the measured side of a
+receipt.
 
 `observe` runs on the engine thread, once a step; the applier reads windows from its own thread.
 """
@@ -14,6 +15,7 @@ from engine.types import StepReport
 
 _MAX_STEPS = 4096
 _BLOCK_TOKENS = 16
+_CONTEXT_STEP = 64  # tokens of a sequence's context
 
 
 class DecodeStep(msgspec.Struct, frozen=True):
@@ -31,6 +33,7 @@ class DecodeWindow(msgspec.Struct, frozen=True, kw_only=True):
 
     num_steps: int
     mean_sequences: float
+    mean_emitted: float  # tokens of a sequence in a step; beyond 1 they are accepted drafts
     tokens_per_s: float  # of all sequences, while steps ran
     predicted_tokens_per_s: float | None  # for the very same steps
 
@@ -53,8 +56,10 @@ class Observer:
         with self._lock:
             if self._last_token_s is not None:
                 self._note_pauses(report, now_s)
-            # Where prompts are computed, the step has more tokens than it gives.
-            if num_generated and report.num_step_tokens == num_generated == num_sequences:
+            num_advanced = sum(bool(event.token_ids) for event in report.events)
+            # Where prompts are computed, the step has more tokens than sequences and drafts.
+            num_own = report.num_step_tokens - report.num_drafted
+            if num_generated and num_own == num_advanced == num_sequences:
                 context = report.load.num_held_blocks * _BLOCK_TOKENS
                 context = max(num_sequences, context - num_sequences * _BLOCK_TOKENS // 2)
                 self._steps.append(
@@ -82,12 +87,11 @@ class Observer:
         tokens = sum(step.num_generated for step in steps)
         predicted = None
         if model is not None:
-            predicted = tokens / sum(
-                model.decode_step_s(step.num_sequences, step.context_tokens) for step in steps
-            )
+            predicted = tokens / _predicted_s(steps, model)
         return DecodeWindow(
             num_steps=len(steps),
-            mean_sequences=tokens / len(steps),
+            mean_sequences=sum(step.num_sequences for step in steps) / len(steps),
+            mean_emitted=tokens / sum(step.num_sequences for step in steps),
             tokens_per_s=tokens / seconds,
             predicted_tokens_per_s=predicted,
         )
@@ -102,3 +106,19 @@ class Observer:
                 last[event.seq_id] = now_s
             if event.finish_reason is not None:
                 last.pop(event.seq_id, None)
+
+
+def _predicted_s(steps: list[DecodeStep], model: CostModel) -> float:
+    """Seconds that the tokens of these steps should take, each load by its own speed."""
+    loads: dict[tuple[int, int], list[int]] = {}
+    for step in steps:
+        # Nearly equal contexts together: a prediction looks at many depths.
+        key = step.num_sequences, step.context_tokens // (_CONTEXT_STEP * step.num_sequences)
+        load = loads.setdefault(key, [0, 0, 0])
+        load[0] += step.num_generated
+        load[1] += step.context_tokens
+        load[2] += 1
+    return sum(
+        tokens / model.tokens_per_s(num_sequences, context / count)
+        for (num_sequences, _), (tokens, context, count) in loads.items()
+    )

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from engine.config import EngineConfig
 from engine.ledger import DeploymentPlan, Ledger, kv_token_bytes, mib
 from engine.loader import ModelHeaders, plan_headers
+from engine.models.mtp import module_weights_bytes
 from engine.planning.calibration import (
     Calibration,
     calibrate,
@@ -23,8 +24,10 @@ from engine.planning.calibration import (
     known_calibration,
 )
 from engine.planning.cost_model import CostModel, Speed
+from engine.planning.drafting import SHIPPED_NGRAM, Acceptance, Drafting, MeasuredDrafts
 from engine.planning.proposal import Proposal, settings_of
 from engine.planning.quality import Quality, QualityKey, quality_of, text_digest
+from engine.speculation.load import choose_head
 
 _ANY_BYTES = 1 << 60  # plans without regard to what the machine has
 _LEVELS = (("FP16", "none"), ("INT8", "int8"), ("INT4", "int4"))  # FP16: two bytes, as bf16
@@ -88,6 +91,8 @@ class Planner:
         self.headers = headers
         self._digest = _model_digest(headers)
         self._calibrating = threading.Lock()  # two at once would time each other
+        # What serving has shown of the drafters so far; whoever serves renews it.
+        self.measured_drafts = MeasuredDrafts({}, None)
 
     def plan(self, config: EngineConfig) -> DeploymentPlan:
         """Raises ConfigError where a value cannot work; memory has no say here."""
@@ -121,6 +126,36 @@ class Planner:
         with self._calibrating:
             return known_calibration(key) or calibrate(spec, plan, headers.isa, headers.num_threads)
 
+    def cost_model(
+        self, config: EngineConfig, plan: DeploymentPlan, *, measure: bool
+    ) -> CostModel | None:
+        """Speeds of this plan with the drafters of `config`; None where it was not calibrated."""
+        calibration = self.calibration(plan, measure=measure)
+        if calibration is None:
+            return None
+        return CostModel(calibration, self._drafting(config, plan))
+
+    def _drafting(self, config: EngineConfig, plan: DeploymentPlan) -> Drafting | None:
+        """What is known of the drafters that `config` turns on; None where there are none."""
+        measured = self.measured_drafts
+        ngram = mtp = None
+        run_share = 0.0
+        if config.speculation in ("auto", "ngram"):
+            ngram = measured.acceptance.get("ngram", SHIPPED_NGRAM)
+        checkpoint = self.headers.checkpoint
+        found = choose_head(config, checkpoint.spec, checkpoint.tensors)
+        if found is not None:
+            shipped = Acceptance(1.0, found.acceptance_by_position, "estimated")
+            mtp = measured.acceptance.get("mtp", shipped)
+            # Until it was timed: as much of a step's time as of the weights that it reads.
+            run_bytes = module_weights_bytes(found, checkpoint.spec, self.headers.isa)
+            run_share = run_bytes / plan.ledger.weights_bytes
+            if measured.run_share is not None and mtp.basis == "measured":
+                run_share = measured.run_share
+        if ngram is None and mtp is None:
+            return None
+        return Drafting(ngram=ngram, mtp=mtp, run_share=run_share)
+
     def quality_key(self, plan: DeploymentPlan) -> QualityKey:
         """Name what the quality of this plan depends on."""
         return QualityKey(self._digest, _formats_digest(plan), plan.context.kv_dtype)
@@ -141,11 +176,12 @@ class Planner:
         """What `proposal` would do; raises ConfigError where a value cannot work."""
         config = proposal.changed(today)
         plan = self.plan(config)
-        calibration = self.calibration(plan, measure=measure)
+        model = self.cost_model(config, plan, measure=measure)
         speed = None
         basis = "not calibrated"
-        if calibration is not None:
-            speed = CostModel(calibration).speed(
+        if model is not None:
+            calibration = model.calibration
+            speed = model.speed(
                 min(proposal.concurrency, config.max_sequences),
                 proposal.prompt_tokens,
                 proposal.output_tokens,
@@ -154,6 +190,8 @@ class Planner:
                 f"micro-benchmarks of {calibration.seconds:.1f} s on this machine "
                 f"(load average {calibration.load_average:.1f})"
             )
+            if speed.speculation != "off":
+                basis += f", acceptance of drafts {speed.speculation}"
         setting = settings_of(config)
         return Preview(
             setting=setting,

@@ -18,6 +18,7 @@ _CONFIG_FIELDS = {
     "kv_memory": "kv_memory_bytes",
     "max_model_len": "max_model_len",
     "max_sequences": "max_sequences",
+    "speculation": "speculation",
 }
 SETTINGS = tuple(_CONFIG_FIELDS)
 
@@ -36,6 +37,7 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kv_memory: int | str | None = None  # bytes, or a size such as "2GiB"
     max_model_len: int | None = None
     max_sequences: int | None = None
+    speculation: str | None = None  # who drafts: auto, off, ngram or mtp
     concurrency: int = 8  # sequences that decode together
     prompt_tokens: int = 128
     output_tokens: int = 128
@@ -57,6 +59,12 @@ class Proposal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if value is not None:
                 values[config_name] = _bytes(value) if name == "kv_memory" else value
         return msgspec.structs.replace(today, **values)
+
+
+def changes_drafters_only(today: EngineConfig, config: EngineConfig) -> bool:
+    """Whether nothing of the model or its cache has to be built to get from one to the other."""
+    same = msgspec.structs.replace(today, speculation=config.speculation)
+    return same == config and today.speculation != config.speculation
 
 
 def settings_of(config: EngineConfig) -> dict[str, Any]:

@@ -146,6 +146,7 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
                 and (name != "draft" or headers.draft is not None),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
+                setting={"speculation": name} if has_parts and built else None,
             )
         )
     return rows
@@ -153,9 +154,7 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
 
 def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | None]:
     checkpoint = headers.checkpoint
-    wanted = msgspec.structs.replace(
-        config, speculation="auto" if config.mtp_head is None else config.speculation
-    )
+    wanted = msgspec.structs.replace(config, speculation="auto")
     try:
         found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
     except CheckpointError as error:  # the checkpoint's own module is not whole

@@ -25,6 +25,7 @@ class Speculator:
         self._lanes = lanes
         self._max_step_tokens = max_step_tokens
         self._max_drafts = max((d.max_drafts for d in policy.drafters.values()), default=0)
+        self.num_drafted = 0  # tokens in the latest step that were drafted
         # Of the coming step: where in the plan each candidate is, and its text's length.
         self._indices: list[int] = []
         self._lengths: list[int] = []
@@ -32,6 +33,7 @@ class Speculator:
     def extend(self, plan: StepPlan) -> None:
         """Add drafts to the sequences of a plan that lack only their next token."""
         self._indices = []
+        self.num_drafted = 0
         if not self._max_drafts:
             return
         entries = plan.entries
@@ -60,6 +62,7 @@ class Speculator:
             num_drafts = min(len(draft.token_ids), budget)
             if num_drafts:
                 budget -= num_drafts
+                self.num_drafted += num_drafts
                 seq = entries[index][0]
                 seq.draft_ids = draft.token_ids[:num_drafts]
                 if seq.draft_stats is not None:

@@ -8,7 +8,7 @@ const PREVIEW_DELAY_MS = 250;
 const POLL_MS = 250;
 const STEPS = [["previewing", "Preview"], ["building", "Build"], ["checking", "Self-check"],
   ["switching", "Switch"], ["measuring", "Measure"]];
-const LEVEL_NAMES = { auto: "Auto", none: "bf16" };
+const LEVEL_NAMES = { auto: "Auto", none: "bf16", off: "Off", ngram: "Lookup", mtp: "MTP head" };
 
 export class Settings {
   constructor(onApplied) {
@@ -37,6 +37,8 @@ export class Settings {
     this.form.replaceChildren(
       segments("quantization", "Weights", choices("weights", "quantization"), this.today.quantization),
       segments("kv_dtype", "Keys and values", choices("kv", "kv_dtype"), this.today.kv_dtype),
+      segments("speculation", "Speculation",
+        ["off", "auto", ...choices("speculation", "speculation")], this.today.speculation),
       slider("kv_memory", "KV memory", powers(32 * 2 ** 20, mostKv, kv), kv, bytes),
       slider("max_model_len", "Longest sequence", powers(256, overview.max_position, length), length,
         (value) => `${value.toLocaleString("en")} tokens`),
@@ -223,12 +225,27 @@ function comparison(today, proposed, isSame) {
   const rows = [
     row("One stream, tokens/s", today.speed?.decode_tokens_per_s, proposed.speed?.decode_tokens_per_s, isSame),
     row(`${count ?? ""} streams, tokens/s`, today.speed?.total_tokens_per_s, proposed.speed?.total_tokens_per_s, isSame),
+    ...draftRows(today.speed, proposed.speed, isSame),
     row("Prefill, tokens/s", today.speed?.prefill_tokens_per_s, proposed.speed?.prefill_tokens_per_s, isSame),
     row("First token, ms", today.speed?.ttft_ms, proposed.speed?.ttft_ms, isSame, true),
     row(`Sequences of ${proposed.routes.sequence_tokens} tokens`, point(today.routes.count), point(proposed.routes.count), isSame),
     qualityRow(today.quality, proposed.quality, isSame),
   ];
   return table("compare", "Today's figures and the proposed ones", head, rows);
+}
+
+// What drafts add, where either side has some.
+function draftRows(today, proposed, isSame) {
+  const sides = isSame ? [today] : [today, proposed];
+  if (!sides.some((speed) => speed && speed.speculation !== "off")) return [];
+  const cells = sides.map((speed) => {
+    if (!speed) return element("td", { class: "number" }, "unknown");
+    if (speed.speculation === "off") return element("td", { class: "number" }, "off");
+    return element("td", { class: "number" }, `× ${speed.speculation_gain.toFixed(2)}`,
+      element("span", { class: "range" }, speed.speculation));
+  });
+  return [element("tr", {}, element("th", { scope: "row" }, "Drafts, one stream"), ...cells,
+    isSame ? null : element("td", {}))];
 }
 
 function point(value) {

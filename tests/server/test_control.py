@@ -25,6 +25,7 @@ CALIBRATION = Calibration(
     prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
     context_s_per_token=0.0,
     prefill_context_s=0.0,
+    python_s=1e-4,
     load_average=0.0,
     seconds=1.0,
 )

@@ -56,8 +56,11 @@ def config(tiny: Path) -> EngineConfig:
 class Bench:
     """An engine that serves, its applier, and the tokens that come out."""
 
-    def __init__(self, config: EngineConfig, log: Path, **options: Any) -> None:
-        deployment = deploy(config)
+    def __init__(
+        self, config: EngineConfig, log: Path, *, slow_s: float = 0.0, **options: Any
+    ) -> None:
+        """`slow_s` is added to the first core's steps, so that its streams outlive an apply."""
+        deployment = slowed(deploy(config), slow_s) if slow_s else deploy(config)
         self.tokens: dict[int, list[int]] = {}
         self.reasons: dict[int, str] = {}
         self.announced: list[int] = []
@@ -70,7 +73,12 @@ class Bench:
             on_change=lambda deployment, length: self.announced.append(length),
             **options,
         )
-        self.engine = Engine(deployment.loaded.core, deployment.engine_settings, self._on_report)
+        self.engine = Engine(
+            deployment.loaded.core,
+            deployment.engine_settings,
+            self._on_report,
+            deployment.loaded.speculation,
+        )
         self.applier.attach(self.engine)
         self.engine.start()
 

@@ -1,6 +1,7 @@
 """Applying a setting: streams go on, a failure leaves the old state, a broken promise goes back."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from engine.deployment import Deployment, deploy
 from engine.planning import apply_run
 from engine.planning.apply_types import ApplyBusy, ApplyRequest
 from engine.planning.proposal import settings_of
+from engine.speculation.ngram import NgramDrafter
 from tests.engine.planning.conftest import Bench, slowed
 
 MakeBench = Callable[..., Bench]
@@ -52,6 +54,7 @@ def test_streams_go_on_through_levels_and_cache_dtypes(make_bench: MakeBench) ->
         "kv_memory": config.kv_memory_bytes,
         "max_model_len": 512,
         "max_sequences": 2,
+        "speculation": "off",
     }
     assert bench.applier.deployment.loaded.core.kv_dtype == "int8"
 
@@ -96,7 +99,7 @@ def test_whatever_fails_the_old_state_serves_on(
         is_checked.append(True)
         return verdict
 
-    bench = make_bench(build=_fail if fault == "build" else broken)
+    bench = make_bench(slow_s=0.004, build=_fail if fault == "build" else broken)
     monkeypatch.setattr(apply_run, "self_check", checked)
     if fault == "self-check":
         monkeypatch.setattr(apply_run, "self_check", lambda *args: "its logits are not finite")
@@ -158,6 +161,61 @@ def test_without_room_for_both_the_old_state_goes_first(
     assert status.state == ("failed" if fails else "done")
     quantization = bench.applier.deployment.config.quantization
     assert quantization == ("auto" if fails else "int8")
+    _assert_complete(bench, counts)
+
+
+def test_drafters_change_at_the_next_step_and_stay_through_other_applies(
+    make_bench: MakeBench,
+) -> None:
+    bench = make_bench(slow_s=0.004)
+    counts = _occupy(bench)
+    core = bench.applier.deployment.loaded.core
+    status = bench.apply(speculation="ngram")
+    assert (status.state, status.mode) == ("done", "next_step"), status.detail
+    deployment = bench.applier.deployment
+    assert deployment.loaded.core is core
+    assert deployment.config.speculation == "ngram"
+    assert _drafters(bench) == {"ngram"}
+    assert status.receipt is not None
+    assert status.receipt.speed is not None
+    assert status.receipt.speed.num_steps >= 24
+    status = bench.apply(quantization="int8")
+    assert (status.state, status.mode) == ("done", "beside"), status.detail
+    assert _drafters(bench) == {"ngram"}
+    status = bench.apply(speculation="off")
+    assert (status.state, status.mode) == ("done", "next_step")
+    assert _drafters(bench) == set()
+    with pytest.raises(ConfigError, match="no multi-token-prediction head"):
+        bench.apply(speculation="mtp")
+    assert bench.applier.deployment.config.speculation == "off"
+    _assert_complete(bench, counts)
+
+
+def _drafters(bench: Bench) -> set[str]:
+    report = bench.engine.speculation().result(10)
+    return {drafter.name for drafter in report.drafters if drafter.qualifies}
+
+
+def test_drafters_that_slow_it_down_are_taken_back(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make_bench()
+    bench.applier.planner.calibration(
+        bench.applier.planner.plan(bench.applier.deployment.config), measure=True
+    )
+    propose = NgramDrafter.propose
+
+    def slow(self: NgramDrafter, *args: Any) -> Any:
+        time.sleep(0.03)
+        return propose(self, *args)
+
+    monkeypatch.setattr(NgramDrafter, "propose", slow)
+    counts = _occupy(bench, count=2, max_tokens=450)
+    status = bench.apply(speculation="ngram", auto_rollback=True)
+    assert status.state == "rolled_back", status.detail
+    assert status.receipt is not None
+    assert status.receipt.after["speculation"] == "off"
+    assert _drafters(bench) == set()
     _assert_complete(bench, counts)
 
 

@@ -93,6 +93,7 @@ def test_each_technique_has_evidence_or_says_what_it_needs(
     assert rows["KV int8"].enabled
     assert not rows["KV bf16"].enabled
     assert "no head was trained" in rows["speculation mtp"].evidence
+    assert rows["speculation ngram"].setting == {"speculation": "ngram"}
 
 
 def test_a_calibration_is_made_once_and_predicts_its_own_steps(
@@ -102,7 +103,7 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
     assert planner.calibration(plan, measure=False) is None
     first = planner.calibration(plan, measure=True)
     assert first is not None
-    assert first.seconds < 20
+    assert first.seconds < 6
     assert {1, 8} <= set(first.decode)
     assert planner.calibration(plan, measure=True) == first, "measured again"
     other = planner.plan(msgspec.structs.replace(config, kv_dtype="int8"))
@@ -124,6 +125,7 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
             prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
             context_s_per_token=1e-6,
             prefill_context_s=1e-9,
+            python_s=1e-4,
             load_average=0.0,
             seconds=1.0,
         )

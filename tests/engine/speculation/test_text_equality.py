@@ -16,7 +16,7 @@ from engine.loader import LoadedModel, load_model
 from engine.speculation.candidates import Candidate
 from engine.speculation.drafter import Draft
 from engine.speculation.setup import Speculation
-from engine.types import SamplingParams
+from engine.types import SamplingParams, StepReport
 from tests.engine.speculation.planted import NUM_DRAFTS, AlwaysDraft, Planted
 from tests.engine.test_invariance import (
     GREEDY,
@@ -129,3 +129,43 @@ def test_an_engine_without_drafts_may_follow_on_the_same_core(
 ) -> None:
     _run(model, params, model.speculation)
     assert _run(model, params, Speculation()) == plain
+
+
+def test_drafters_may_change_between_steps(
+    model: LoadedModel, params: SamplingParams, plain: list[Result]
+) -> None:
+    """From none to lookup, the module and none again, while six texts are written."""
+    lookup: list[AlwaysDraft] = []
+    module: list[AlwaysDraft] = []
+    coming: dict[int, Speculation] = {
+        3: Planted(mode="ngram", made=lookup),
+        6: Planted(
+            mode="mtp",
+            hidden_size=model.speculation.hidden_size,
+            mtp=model.speculation.mtp,
+            made=module,
+        ),
+        26: Speculation(),
+    }
+    run = RunningEngine(model, max_sequences=NUM_SEQUENCES)
+    take, num_reports, changes = run._take, 0, []
+
+    def change_now_and_then(report: StepReport) -> None:
+        nonlocal num_reports
+        num_reports += 1
+        if num_reports in coming:
+            changes.append(run.engine.redraft(coming[num_reports]))
+        take(report)
+
+    run.engine._on_report = change_now_and_then
+    ids = model.tokenizer.encode(STORY * 2, add_bos=True, parse_special=False)
+    long = replace(params, max_tokens=2 * params.max_tokens)
+    for index in range(NUM_SEQUENCES):
+        run.submit(index, ids[: len(ids) - 11 * index], replace(long, seed=params.seed + index))
+    results = [run.result(index) for index in range(NUM_SEQUENCES)]
+    run.stop()
+    assert [change.result(0) for change in changes] == [None] * 3
+    begun = [replace(r, token_ids=r.token_ids[: params.max_tokens]) for r in results]
+    assert [r.token_ids for r in begun] == [r.token_ids for r in plain]
+    assert lookup[0].num_accepted > 0
+    assert module[0].num_accepted > 0

@@ -1,0 +1,112 @@
+"""What drafting adds to speed, from the cost of steps and how often drafts are accepted.
+
+The planner makes one `Drafting` for a setting: of figures measured while serving where there are
+enough, else of those that the drafters were shipped with. The cost model asks it for the gain.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from engine.speculation.report import DrafterReport, SpeculationReport
+
+Basis = Literal["measured", "estimated"]
+
+_ENOUGH_DRAFTED = 200  # tokens, for what was measured to count
+
+
+class Acceptance(msgspec.Struct, frozen=True):
+    """One drafter's drafts: how often there is one, and the acceptance of each position."""
+
+    coverage: float  # share of a sequence's steps
+    by_position: tuple[float, ...]  # each given that those before it were accepted
+    basis: Basis
+
+    def expected(self, depth: int) -> float:
+        """Tokens that a draft of this depth is expected to add."""
+        expected, survival = 0.0, 1.0
+        for accepted in self.by_position[:depth]:
+            survival *= accepted
+            expected += survival
+        return expected
+
+
+# Prompt lookup, as measured on answers to Spec-Bench's prompts: how often a draft is at hand that
+# pays, and what becomes of it.
+SHIPPED_NGRAM = Acceptance(0.12, (0.66, 0.74, 0.78, 0.80, 0.82, 0.83, 0.85, 0.85), "estimated")
+
+
+class Drafting(msgspec.Struct, frozen=True, kw_only=True):
+    """The drafters that a setting turns on; None where it has not that one."""
+
+    ngram: Acceptance | None
+    mtp: Acceptance | None
+    run_share: float = 0.0  # time of a run of the module over that of a step of as many tokens
+
+    @property
+    def basis(self) -> Basis:
+        """Measured where all figures are."""
+        used = [part for part in (self.ngram, self.mtp) if part is not None]
+        return "measured" if all(part.basis == "measured" for part in used) else "estimated"
+
+    def gain(self, num_sequences: float, step_s: Callable[[float], float]) -> float:
+        """Tokens per second over those without drafts, at the depths that give most.
+
+        `step_s` gives the seconds of a step of these sequences by its number of tokens. Where no
+        draft pays the policy asks for none, so that the gain is at least 1.
+        """
+        plain_s = step_s(num_sequences)
+        best = 1.0
+        coverage = self.ngram.coverage if self.ngram is not None else 0.0
+        for looked_up in range(_most(self.ngram) + 1):
+            for drafted in range(_most(self.mtp) + 1):
+                emitted = 1.0
+                tokens = num_sequences
+                draft_s = 0.0
+                if self.ngram is not None and looked_up:
+                    emitted += coverage * self.ngram.expected(looked_up)
+                    tokens += num_sequences * coverage * looked_up
+                if self.mtp is not None and drafted:
+                    rest = 1.0 - coverage
+                    emitted += rest * self.mtp.expected(drafted)
+                    tokens += num_sequences * rest * drafted
+                    draft_s = drafted * self.run_share * step_s(max(1.0, num_sequences * rest))
+                best = max(best, emitted * plain_s / (step_s(tokens) + draft_s))
+        return best
+
+
+class MeasuredDrafts(msgspec.Struct, frozen=True):
+    """What serving has shown of the drafters so far."""
+
+    acceptance: dict[str, Acceptance]
+    run_share: float | None  # of the module
+
+
+def measured_drafts(report: SpeculationReport) -> MeasuredDrafts:
+    """Take from the policy's report what enough drafts stand behind."""
+    num_steps = sum(report.depth_histogram)
+    acceptance: dict[str, Acceptance] = {}
+    run_share = None
+    for drafter in report.drafters:
+        if drafter.num_drafted_tokens < _ENOUGH_DRAFTED:
+            continue
+        coverage = min(1.0, drafter.num_drafts / num_steps) if drafter.depth is None else 1.0
+        acceptance[drafter.name] = Acceptance(coverage, drafter.acceptance_by_position, "measured")
+        if drafter.depth is not None:
+            run_share = _run_share(drafter, dict(report.step_s))
+    return MeasuredDrafts(acceptance, run_share)
+
+
+def _run_share(drafter: DrafterReport, step_s: dict[int, float]) -> float | None:
+    depth = drafter.depth or drafter.max_drafts
+    shares = [
+        seconds / depth / step_s[num_sequences]
+        for num_sequences, seconds in drafter.draft_s
+        if num_sequences in step_s
+    ]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _most(acceptance: Acceptance | None) -> int:
+    return len(acceptance.by_position) if acceptance is not None else 0
