@@ -91,8 +91,6 @@ class TinyModel:
             answer
             for length in range(NUM_TOKENS)
             for answer in product(range(VOCAB_SIZE), repeat=length)
-            for length in range(NUM_TOKENS)
-            for answer in product(range(VOCAB_SIZE), repeat=length)
         ]
         sizes: dict[str, Any] = {
             "max_sequences": NUM_LANES,
