@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
-from engine.planning.calibration import Calibration, Timing, calibrate
+from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
 from engine.planning.preview import Planner
