@@ -62,6 +62,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
     fulcrum: dict[str, Any] | None = None  # what a Fulcrum server adds to usage when asked
     status: int = 200
+    retry_after_s: float | None = None  # of a refusal
     error: str | None = None
 
     @property
@@ -141,11 +142,12 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
     times: list[float] = []
     texts: list[str] = []
     usage: _Usage | None = None
-    status, error, done = 0, None, False
+    status, error, done, retry_after_s = 0, None, False, None
     try:
         async with session.post(target.path, json=target.body(prompt)) as response:
             status = response.status
             if status != 200:
+                retry_after_s = _retry_after_s(response)
                 error = f"HTTP {status}: {(await response.text())[:200]}"
             else:
                 async for arrived_at_s, data in _events(response):
@@ -177,5 +179,16 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
         text="".join(texts),
         fulcrum=usage.fulcrum if usage else None,
         status=status,
+        retry_after_s=retry_after_s,
         error=error,
     )
+
+
+def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+    """The time to wait as OpenAI's SDKs read it: the header in milliseconds goes first."""
+    for name, unit_s in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+        try:
+            return float(response.headers[name]) * unit_s
+        except (KeyError, ValueError):
+            continue
+    return None

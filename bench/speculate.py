@@ -1,9 +1,10 @@
 """What speculation gains: `python -m bench.speculate --url … --model … --prompts spec_bench.jsonl`.
 
-Sends each prompt once in every mode, one after the other, `off` among them: the modes take turns in
-one run, and each in turn goes first. With --sweep, also several streams at once, `off` against
-`auto` in turns. The server must be Fulcrum: modes are chosen per request, and tokens per step are
-read from its usage. Texts are compared with those of `off`.
+Sends each prompt once in every mode, `off` among them: the modes take turns in one run, and each in
+turn goes first. That is done one request after the other, or with --streams so many at once. With
+--sweep, also several streams at once, `off` against `auto` in turns. The server must be Fulcrum:
+modes are chosen per request, and tokens per step are read from its usage. Texts are compared with
+those of `off`.
 
 Speed is that of decoding: tokens after the first chunk by the time after it. What a prompt takes
 is the same in every mode, but for the prefix cache, which the first of them fills.
@@ -74,21 +75,6 @@ def _checked(outcome: Outcome, prompt: Prompt, mode: str) -> Answer:
     return Answer(prompt.question_id, prompt.group, mode, outcome)
 
 
-async def run_alone(
-    session: aiohttp.ClientSession, target: Target, prompts: list[Prompt], modes: list[str]
-) -> list[Answer]:
-    """Ask every prompt in every mode, one request at a time."""
-    answers: list[Answer] = []
-    for index, prompt in enumerate(prompts):
-        first = index % len(modes)
-        for mode in modes[first:] + modes[:first]:
-            outcome = await complete(session, _with_mode(target, mode), prompt.turns[0])
-            answers.append(_checked(outcome, prompt, mode))
-        if (index + 1) % 10 == 0 or index + 1 == len(prompts):
-            print(f"{index + 1} of {len(prompts)} prompts", file=sys.stderr)
-    return answers
-
-
 async def _run_level(
     session: aiohttp.ClientSession, target: Target, prompts: list[Prompt], mode: str, streams: int
 ) -> list[Answer]:
@@ -102,6 +88,30 @@ async def _run_level(
             answers.append(_checked(outcome, prompt, mode))
 
     await asyncio.gather(*(worker() for _ in range(streams)))
+    return answers
+
+
+async def run_modes(
+    session: aiohttp.ClientSession,
+    target: Target,
+    prompts: list[Prompt],
+    modes: list[str],
+    streams: int,
+) -> list[Answer]:
+    """Ask every prompt in every mode, `streams` requests at any time."""
+    answers: list[Answer] = []
+    # With several streams, modes change after a few prompts of each stream: between two of these
+    # batches the streams run dry.
+    size = 1 if streams == 1 else 4 * streams
+    batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    num_asked = 0
+    for index, batch in enumerate(batches):
+        first = index % len(modes)
+        for mode in modes[first:] + modes[:first]:
+            answers += await _run_level(session, target, batch, mode, streams)
+        num_before, num_asked = num_asked, num_asked + len(batch)
+        if num_asked // 10 > num_before // 10 or num_asked == len(prompts):
+            print(f"{num_asked} of {len(prompts)} prompts", file=sys.stderr)
     return answers
 
 
@@ -143,8 +153,9 @@ async def run(options: argparse.Namespace) -> tuple[list[ModeSummary], list[Swee
         read_bufsize=1 << 20,
     ) as session:
         # What the server learns while it serves, it has learned a little of then.
-        await run_alone(session, target, prompts[: options.warm_up], options.modes)
-        answers = await run_alone(session, target, prompts, options.modes)
+        warm_up = prompts[: options.warm_up]
+        await run_modes(session, target, warm_up, options.modes, 1)
+        answers = await run_modes(session, target, prompts, options.modes, options.streams)
         sweep = await run_sweep(session, target, prompts, options.sweep)
     return summarize(answers, options.modes), sweep
 
@@ -167,6 +178,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--modes", type=_modes, default=[OFF, "ngram", "mtp", "auto"], help="besides off")
     add("--per-group", type=positive, help="prompts of each task group; default: all")
     add("--output-tokens", type=positive, default=256, help="max_tokens (%(default)s)")
+    add("--streams", type=positive, default=1, help="requests at once (%(default)s)")
     add("--warm-up", type=int, default=3, help="prompts before what is measured (%(default)s)")
     add("--sweep", type=levels, default=[], help="streams at once, e.g. 1,2,4,8,16,32")
     add("--extra", type=json_object, default={}, help='e.g. {"temperature": 0.8, "seed": 1}')

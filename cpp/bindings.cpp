@@ -53,7 +53,8 @@ void bind_config(py::module_& m) {
       .def_readwrite("layer_rope_index", &Config::layer_rope_index)
       .def_readwrite("rope_inv_freq", &Config::rope_inv_freq)
       .def_readwrite("rope_attention_factor", &Config::rope_attention_factor)
-      .def_readwrite("reads_hidden", &Config::reads_hidden);
+      .def_readwrite("reads_hidden", &Config::reads_hidden)
+      .def_readwrite("chains_normed", &Config::chains_normed);
 }
 
 using FloatArray = py::array_t<float, py::array::c_style | py::array::forcecast>;

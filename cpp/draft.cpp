@@ -33,8 +33,12 @@ Drafter::Drafter(Model& model, int max_tokens, int max_sequences, int max_drafts
       top_ids_(max_sequences * kMaxLogprobs),
       sampled_logprobs_(max_sequences),
       top_logprobs_(max_sequences * kMaxLogprobs),
+      hidden_rows_(model.config().chains_normed ? max_tokens_ : 0, -1),
       last_row_(max_sequences),
       confidence_(max_sequences) {
+  if (model.config().chains_normed) {
+    normed_.resize(size_t(max_sequences) * model.config().hidden_size);
+  }
   if (max_sequences < 1 || max_drafts < 1) throw std::invalid_argument("nothing to draft for");
 }
 
@@ -71,6 +75,11 @@ void Drafter::bind(const DraftTexts& texts, const DraftCall& call) {
   b.top_ids = top_ids_.data();
   b.top_logprobs = top_logprobs_.data();
   Limits limits;
+  if (!normed_.empty()) {
+    b.hidden = normed_.data();
+    b.hidden_rows = hidden_rows_.data();
+    limits.hidden_rows = max_sequences_;
+  }
   limits.max_tokens = max_tokens_;
   limits.max_sequences = limits.max_rows = max_sequences_;
   limits.max_blocks_per_seq = texts.max_blocks;
@@ -146,7 +155,7 @@ void Drafter::catch_up(int num_sequences) {
     }
   }
   if (num_tokens_ > 0) compute();
-  model_.set_previous_hidden(model_.residual_stream());
+  model_.set_previous_hidden(normed_.empty() ? model_.residual_stream() : normed_.data());
 }
 
 void Drafter::begin_step() { num_tokens_ = num_sequences_ = num_rows_ = 0; }
@@ -158,6 +167,7 @@ void Drafter::add_token(int sequence, int position, int32_t token_id, int previo
   positions_[t] = position - call_.start[sequence];
   slots_[t] = blocks[position / kBlockSize] * kBlockSize + position % kBlockSize;
   previous_rows_[t] = previous_row;
+  if (!normed_.empty()) hidden_rows_[t] = -1;
 }
 
 void Drafter::end_sequence(int sequence, int seq_len, int noise_position, bool wants_draft) {
@@ -172,6 +182,7 @@ void Drafter::end_sequence(int sequence, int seq_len, int noise_position, bool w
   if (!wants_draft) return;
   const int row = num_rows_++;
   logits_rows_[row] = num_tokens_ - 1;
+  if (!normed_.empty()) hidden_rows_[num_tokens_ - 1] = row;
   row_sequence_[row] = sequence;
   noise_position_[row] = noise_position;
   temperature_[row] = texts_.temperature[lane];
@@ -191,7 +202,8 @@ void Drafter::compute() {
     call_.draft_ids[place] = sampled_ids_[row];
     call_.draft_probs[place] = std::exp(sampled_logprobs_[row]);
     confidence_[s] *= call_.draft_probs[place];
-    last_row_[s] = logits_rows_[row];
+    // A row is read when the next step begins, before that step writes any.
+    last_row_[s] = normed_.empty() ? logits_rows_[row] : row;
   }
 }
 

@@ -76,6 +76,9 @@ class Drafter {
   std::vector<uint64_t> seed_;
   std::vector<int32_t> sampled_ids_, top_ids_;
   std::vector<float> sampled_logprobs_, top_logprobs_;
+  // What a model that goes on from its normed output left of each chain, and where a step puts it.
+  std::vector<float> normed_;         // (S, D), empty for other models
+  std::vector<int32_t> hidden_rows_;  // (T,)
   // Of each sequence's chain: the row that its last draft was taken from, and its confidence.
   std::vector<int32_t> last_row_;
   std::vector<float> confidence_;

@@ -89,6 +89,7 @@ class Config:
     rope_inv_freq: list[list[float]]  # per table, (head_dim / 2,)
     rope_attention_factor: float  # multiplies cos and sin (yarn); 1 otherwise
     reads_hidden: bool  # a multi-token-prediction module; see cpp/model.h
+    chains_normed: bool  # it goes on from its own output after the final norm
     def __init__(self) -> None: ...
 
 BLOCK_SIZE: int  # tokens per KV block

@@ -36,6 +36,8 @@ struct Config {
   // A multi-token-prediction module: a token's input is a projection of its embedding and of the
   // hidden state before it (DeepSeek-V3 Technical Report, section 2.2).
   bool reads_hidden = false;
+  // Whether such a module goes on from its own output after the final norm, not before it.
+  bool chains_normed = false;
 
   int qkv_size() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
   int attention_size() const { return num_heads * head_dim; }

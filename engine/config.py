@@ -20,7 +20,8 @@ Quantization = Literal[
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 KvDtype = Literal["bf16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
-SpeculationMode = Literal["auto", "off", "ngram", "mtp"]
+SpeculationMode = Literal["auto", "off", "ngram", "mtp", "draft"]
+SPECULATION_MODES: tuple[str, ...] = get_args(SpeculationMode)
 
 
 class ConfigError(ValueError):
@@ -39,8 +40,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
-    speculation: SpeculationMode = "off"
+    speculation: SpeculationMode = "auto"
     mtp_head: str | None = None  # folder that a head was trained into, for auto and mtp
+    draft_model: str | None = None  # a smaller model, named as `model` is, for auto and draft
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
@@ -52,8 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--kv-dtype {self.kv_dtype}: choose auto, bf16 or int8")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"--device {self.device}: choose auto, cpu or cuda")
-        if self.speculation not in ("auto", "off", "ngram", "mtp"):
-            raise ConfigError(f"--speculation {self.speculation}: choose auto, off, ngram or mtp")
+        self._check_speculation()
         for name, value in (
             ("--max-sequences", self.max_sequences),
             ("--max-step-tokens", self.max_step_tokens),
@@ -68,3 +69,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"--max-step-tokens {self.max_step_tokens}: must be at least --max-sequences "
                 f"({self.max_sequences}), so that every running sequence can advance in a step"
             )
+
+    def _check_speculation(self) -> None:
+        mode = self.speculation
+        if mode not in SPECULATION_MODES:
+            raise ConfigError(f"--speculation {mode}: choose {', '.join(SPECULATION_MODES)}")
+        if mode == "draft" and self.draft_model is None:
+            raise ConfigError("--speculation draft: needs --draft-model, a smaller model")

@@ -7,10 +7,10 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
+from engine.contents import TextSide
 from engine.ledger import Ledger, anonymous_memory_bytes, measured_ledger
-from engine.loader import LoadedModel, ModelHeaders, TextSide, load_model
+from engine.loader import LoadedModel, ModelHeaders, load_drafters, load_model
 from engine.runner import EngineSettings
-from engine.speculation.load import load_speculation
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -62,15 +62,26 @@ def deploy(
 
 
 def redeploy(
-    deployment: Deployment, config: EngineConfig, headers: ModelHeaders, draft_bytes: int
+    deployment: Deployment,
+    config: EngineConfig,
+    headers: ModelHeaders,
+    draft_bytes: int,
+    *,
+    niceness: int = 0,
 ) -> Deployment:
     """The same core with the drafters that `config` asks for, loaded beside those it has.
 
     `config` differs in nothing else, and `draft_bytes` is what its ledger says. Raises ConfigError.
     """
     loaded = deployment.loaded
-    speculation = load_speculation(
-        config, loaded.core, loaded.spec, headers.checkpoint.tensors, loaded.num_kv_blocks
+    speculation = load_drafters(
+        config,
+        headers,
+        loaded.core,
+        loaded.tokenizer,
+        loaded.num_kv_blocks,
+        niceness=niceness,
+        draft=loaded.speculation.draft,
     )
     ledger = replace(loaded.ledger, draft_bytes=draft_bytes)
     return Deployment(config, replace(loaded, speculation=speculation, ledger=ledger))

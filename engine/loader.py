@@ -4,58 +4,38 @@ The server and the tools call `load_model` before the engine starts, and to appl
 """
 
 import hashlib
-import json
-import os
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import fulcrum_core
 import msgspec
 from msgspec.structs import replace
 
-from engine.checkpoint import safetensors
-from engine.checkpoint.gguf import GgufFile
 from engine.checkpoint.progress import Progress
 from engine.checkpoint.sources import ResolvedModel, resolve
-from engine.checkpoint.tensor import CheckpointError, StoredTensor
+from engine.checkpoint.tensor import CheckpointError
 from engine.config import ConfigError, EngineConfig, KvDtype
+from engine.contents import Checkpoint, GenerationDefaults, TextSide, open_checkpoint
 from engine.ledger import DeploymentPlan, Ledger, plan_deployment
 from engine.machine import physical_cores
-from engine.models import spec_from_config, spec_from_gguf
 from engine.models.core_config import core_config
-from engine.models.settings import Settings
 from engine.models.spec import ModelSpec
-from engine.models.weights import WeightPlan, load_vectors, submit_matrices
-from engine.speculation.load import load_speculation, planned_draft_bytes
-from engine.speculation.setup import Speculation
-from engine.tokenizer.chat_template import (
-    ChatTemplate,
-    chat_template_from_folder,
-    chat_template_from_gguf,
+from engine.models.weights import WeightPlan, load_weights
+from engine.speculation.draft_model import (
+    DraftHeaders,
+    DraftModel,
+    load_draft_model,
+    planned_bytes,
+    read_draft_headers,
 )
+from engine.speculation.load import load_speculation, planned_module_bytes
+from engine.speculation.setup import Speculation
+from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
-from engine.tokenizer.load import tokenizer_from_folder, tokenizer_from_gguf
 from engine.tokenizer.protocol import Tokenizer
-
-TextSide = tuple[Tokenizer, ChatTemplate | None]
 
 _ISAS = ("portable", "avx2", "avx512")  # each includes the ones before it
 _SAMPLED_BYTES = 1 << 16  # at either end of a file, for the fingerprint
 _SAMPLED_TENSOR_BYTES = 1 << 12  # at the beginning of each tensor, likewise
-
-
-class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling settings that the model's makers recommend; None where they say nothing."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
 
 
 class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,16 +64,6 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     speculation: Speculation
 
 
-class Checkpoint(msgspec.Struct, frozen=True):
-    """What a checkpoint of either kind offers."""
-
-    spec: ModelSpec
-    tensors: Mapping[str, StoredTensor]
-    read_text: Callable[[], TextSide]
-    eos_token_ids: tuple[int, ...] = ()  # beyond the spec's
-    generation_defaults: GenerationDefaults = GenerationDefaults()
-
-
 class ModelHeaders(msgspec.Struct, frozen=True):
     """What is known of a model and its device before a weight is read."""
 
@@ -101,6 +71,7 @@ class ModelHeaders(msgspec.Struct, frozen=True):
     checkpoint: Checkpoint
     isa: str
     num_threads: int
+    draft: DraftHeaders | None = None
 
 
 def load_model(
@@ -124,13 +95,13 @@ def load_model(
         core = fulcrum_core.Model(core_config(spec), headers.num_threads, headers.isa)
         num_loaders = 1 if niceness else headers.num_threads
         read_text = checkpoint.read_text if text is None else partial(_same, text)
-        tokenizer, chat_template = _fill(
-            core, checkpoint, plan.weights, read_text, num_loaders, niceness
+        tokenizer, chat_template = load_weights(
+            core, spec, plan.weights, read_text, num_threads=num_loaders, niceness=niceness
         )
         core.finalize()
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
-        speculation = load_speculation(
-            config, core, spec, checkpoint.tensors, context.num_kv_blocks
+        speculation = load_drafters(
+            config, headers, core, tokenizer, context.num_kv_blocks, niceness=niceness
         )
     except ConfigError:
         raise
@@ -167,6 +138,31 @@ def load_model(
     )
 
 
+def load_drafters(
+    config: EngineConfig,
+    headers: ModelHeaders,
+    target: fulcrum_core.Model,
+    tokenizer: Tokenizer,
+    num_kv_blocks: int,
+    *,
+    niceness: int,
+    draft: DraftModel | None = None,
+) -> Speculation:
+    """Load who drafts for `target` by `config`; raises ConfigError.
+
+    `draft` is the drafting model if it is in memory already.
+    """
+    spec = headers.checkpoint.spec
+    wanted = _draft_wanted(config, headers)
+    if wanted is None:
+        draft = None
+    elif draft is None:
+        draft = load_draft_model(
+            wanted, target, spec.vocab_size, tokenizer, num_kv_blocks, niceness
+        )
+    return load_speculation(config, target, spec, headers.checkpoint.tensors, num_kv_blocks, draft)
+
+
 def read_headers(config: EngineConfig, progress: Progress | None = None) -> ModelHeaders:
     """Find the model and read its headers; no weight is read. Raises ConfigError."""
     if config.device == "cuda":
@@ -175,9 +171,10 @@ def read_headers(config: EngineConfig, progress: Progress | None = None) -> Mode
     resolved = resolve(config.model, progress)
     return ModelHeaders(
         resolved=resolved,
-        checkpoint=_open(resolved),
+        checkpoint=open_checkpoint(resolved),
         isa=isa,
         num_threads=config.num_threads or physical_cores(),
+        draft=read_draft_headers(config, progress),
     )
 
 
@@ -195,44 +192,21 @@ def plan_headers(
         num_threads=headers.num_threads,
         available_bytes=available_bytes,
     )
-    draft_bytes = planned_draft_bytes(
-        config, spec, tensors, plan.context, headers.isa, headers.num_threads
-    )
+    machine = (plan.context, headers.isa, headers.num_threads)
+    draft_bytes = planned_module_bytes(config, spec, tensors, *machine)
+    draft = _draft_wanted(config, headers)
+    if draft is not None:
+        draft_bytes += planned_bytes(config, draft, *machine)
     return replace(plan, ledger=replace(plan.ledger, draft_bytes=draft_bytes))
 
 
-def _fill(
-    core: fulcrum_core.Model,
-    checkpoint: Checkpoint,
-    plan: WeightPlan,
-    read_text: Callable[[], TextSide],
-    num_threads: int,
-    niceness: int,
-) -> TextSide:
-    """Load the weights; the tokenizer is built while the core packs the matrices."""
-    # Niceness is a thread's own: the core's threads, made before, keep theirs.
-    with ThreadPoolExecutor(
-        num_threads, initializer=_lower_priority, initargs=(niceness,)
-    ) as executor:
-        loading = submit_matrices(core, checkpoint.spec, plan, executor)
-        try:
-            load_vectors(core, checkpoint.spec, plan)
-            text = read_text()
-            for future in loading:
-                future.result()
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-    return text
+def _draft_wanted(config: EngineConfig, headers: ModelHeaders) -> DraftHeaders | None:
+    """The drafting model that was given, where the mode has a use for it."""
+    return headers.draft if config.speculation in ("auto", "draft") else None
 
 
 def _same(text: TextSide) -> TextSide:
     return text
-
-
-def _lower_priority(niceness: int) -> None:
-    if niceness:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _isa(config: EngineConfig) -> str:
@@ -243,59 +217,6 @@ def _isa(config: EngineConfig) -> str:
     if config.isa not in usable:
         raise ConfigError(f"isa {config.isa}: this machine has {', '.join(usable)}")
     return config.isa
-
-
-def _open(resolved: ResolvedModel) -> Checkpoint:
-    return _open_gguf(resolved.path) if resolved.kind == "gguf" else _open_folder(resolved.path)
-
-
-def _open_gguf(path: Path) -> Checkpoint:
-    file = GgufFile(path)
-
-    def read_text() -> TextSide:
-        tokenizer = tokenizer_from_gguf(file.metadata)
-        return tokenizer, chat_template_from_gguf(file.metadata, tokenizer)
-
-    return Checkpoint(spec_from_gguf(file), file.tensors, read_text)
-
-
-def _open_folder(folder: Path) -> Checkpoint:
-    def read_text() -> TextSide:
-        tokenizer = tokenizer_from_folder(folder)
-        return tokenizer, chat_template_from_folder(folder, tokenizer)
-
-    config_path, generation_path = folder / "config.json", folder / "generation_config.json"
-    tensors = safetensors.read_folder(folder)
-    spec = spec_from_config(_read_json(config_path), tensors, str(config_path))
-    if not generation_path.exists():
-        return Checkpoint(spec, tensors, read_text)
-    generation = Settings(_read_json(generation_path), str(generation_path))
-    return Checkpoint(
-        spec, tensors, read_text, generation.ids("eos_token_id"), _defaults(generation)
-    )
-
-
-def _defaults(generation: Settings) -> GenerationDefaults:
-    def number(key: str) -> float | None:
-        return generation.number(key) if generation.has(key) else None
-
-    return GenerationDefaults(
-        temperature=number("temperature"),
-        top_p=number("top_p"),
-        top_k=generation.integer("top_k") if generation.has("top_k") else None,
-        min_p=number("min_p"),
-        repetition_penalty=number("repetition_penalty"),
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object")
-    return value
 
 
 def _fingerprint(spec: ModelSpec, plan: WeightPlan, isa: str, kv_dtype: KvDtype) -> str:

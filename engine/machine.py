@@ -1,8 +1,9 @@
 """What this process may use of the machine: cores and memory, container limits included.
 
-The loader asks, to choose the number of threads and the size of the KV cache.
+The loader asks, to choose the number of threads and the size of the KV cache, and telemetry does.
 """
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,20 +15,30 @@ def physical_cores() -> int:
     """Physical cores that the process's affinity and its CPU quota leave it; at least 1."""
     cpus = os.sched_getaffinity(0)
     cores = {_siblings(cpu) for cpu in cpus}
-    quota = _cpu_quota()
+    quota = cpu_quota_cores()
     return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
 
 
 def available_memory_bytes() -> int:
     """Bytes that can be allocated without swapping or meeting a container's limit."""
-    available = [_meminfo_available_bytes()]
-    for folder in _cgroup_folders("memory"):
+    available = [_meminfo_bytes("MemAvailable")]
+    for folder in cgroup_folders("memory"):
         limit = _read_integer(folder / "memory.max", folder / "memory.limit_in_bytes")
         used = _read_integer(folder / "memory.current", folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
             # The page cache counts as used there, but it makes room.
             available.append(limit - used + _inactive_file_bytes(folder))
     return max(0, min(available))
+
+
+def total_memory_bytes() -> int:
+    """Bytes of memory, or the tightest of the control groups' limits."""
+    limits = [_meminfo_bytes("MemTotal")]
+    for folder in cgroup_folders("memory"):
+        limit = _read_integer(folder / "memory.max", folder / "memory.limit_in_bytes")
+        if limit is not None:
+            limits.append(limit)
+    return min(limits)
 
 
 def _siblings(cpu: int) -> str:
@@ -38,10 +49,10 @@ def _siblings(cpu: int) -> str:
         return str(cpu)
 
 
-def _cpu_quota() -> float | None:
-    """The tightest quota in cores on the way up, or None where there is none."""
+def cpu_quota_cores() -> float | None:
+    """The tightest CPU quota in cores on the way up, or None where there is none."""
     quotas = []
-    for folder in _cgroup_folders("cpu"):
+    for folder in cgroup_folders("cpu"):
         try:
             quota, period = (folder / "cpu.max").read_text().split()
         except (OSError, ValueError):
@@ -52,12 +63,13 @@ def _cpu_quota() -> float | None:
     return min(quotas, default=None)
 
 
-def _cgroup_folders(controller: str) -> list[Path]:
+@functools.cache  # telemetry asks twice a second
+def cgroup_folders(controller: str) -> tuple[Path, ...]:
     """The process's control groups with this controller, the innermost first, up to the root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
-        return []
+        return ()
     folders: list[Path] = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
@@ -66,14 +78,15 @@ def _cgroup_folders(controller: str) -> list[Path]:
         root = _CGROUP_ROOT / controllers if controllers else _CGROUP_ROOT
         group = root / name.lstrip("/")
         folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    return folders
+    return tuple(folders)
 
 
-def _meminfo_available_bytes() -> int:
+def _meminfo_bytes(field: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    pages = "SC_PHYS_PAGES" if field == "MemTotal" else "SC_AVPHYS_PAGES"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
 
 
 def _inactive_file_bytes(folder: Path) -> int:

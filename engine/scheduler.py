@@ -30,7 +30,7 @@ class StepPlan:
 
 
 class Scheduler:
-    """Waiting and running sequences, both in order of arrival, and the blocks they hold."""
+    """Waiting and running sequences, both in order of rank, and the blocks they hold."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Scheduler:
         assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} submitted twice"
         assert 0 < seq.num_prompt_tokens < self._max_model_len
         self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_arrival)
+        insort(self._waiting, seq, key=_by_rank)
 
     def abort(self, seq_id: int) -> TokenEvent | None:
         """End a sequence between two steps; its blocks are free on return."""
@@ -111,7 +111,7 @@ class Scheduler:
         """Queue a sequence that another scheduler gave up; it keeps its place by arrival."""
         seq.awaited_digest = None
         self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_arrival)
+        insort(self._waiting, seq, key=_by_rank)
 
     def forget_hidden(self) -> None:
         """Note that the hidden states of what is computed by now were kept for nobody."""
@@ -141,7 +141,7 @@ class Scheduler:
         )
 
     def schedule(self) -> StepPlan:
-        """Plan a step: running sequences first, then waiting ones, in order of arrival."""
+        """Plan a step: running sequences first, then waiting ones, in order of rank."""
         plan = StepPlan()
         num_preemptions = self._num_preemptions
         budget = self._schedule_running(plan)
@@ -211,7 +211,7 @@ class Scheduler:
         queued = self._waiting + self._running
         assert {id(seq) for seq in queued} == {id(seq) for seq in self._sequences.values()}
         for queue in (self._waiting, self._running):
-            assert queue == sorted(queue, key=_by_arrival), "a queue is out of order"
+            assert queue == sorted(queue, key=_by_rank), "a queue is out of order"
         for seq in self._waiting:
             assert not seq.block_ids, f"waiting {seq.seq_id} holds blocks"
             assert seq.lane < 0, f"waiting {seq.seq_id} has a lane"
@@ -243,9 +243,9 @@ class Scheduler:
         return budget
 
     def _grow(self, seq: Sequence) -> bool:
-        """Give `seq` blocks for its tokens, taking them from the latest arrivals if need be.
+        """Give `seq` blocks for its tokens, taking them from those of the last rank if need be.
 
-        False where `seq` itself was the latest. `_running` is in order of arrival and planned
+        False where `seq` itself was the last. `_running` is in order of rank and planned
         from its head, so no victim is in the plan yet.
         """
         count = self._blocks.num_blocks_for(len(seq.token_ids)) - len(seq.block_ids)
@@ -268,7 +268,7 @@ class Scheduler:
         if seq.needs_prompt_logprobs:
             seq.prompt_logprobs = [None]
         seq.status = SequenceStatus.WAITING
-        insort(self._waiting, seq, key=_by_arrival)
+        insort(self._waiting, seq, key=_by_rank)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences while tokens, lanes and blocks last."""
@@ -323,7 +323,7 @@ class Scheduler:
         seq.lane = self._free_lanes.pop()
         seq.num_starts += 1
         seq.status = SequenceStatus.RUNNING
-        insort(self._running, seq, key=_by_arrival)
+        insort(self._running, seq, key=_by_rank)
         for digest in seq.block_digests[len(prefix) :]:
             self._computing.setdefault(digest, seq)
         if seq.queued_s is None:
@@ -376,5 +376,5 @@ class Scheduler:
         seq.lane = -1
 
 
-def _by_arrival(seq: Sequence) -> int:
-    return seq.arrival_index
+def _by_rank(seq: Sequence) -> tuple[float, int]:
+    return seq.rank

@@ -6,7 +6,14 @@ The scheduler creates and moves sequences; the batch reads them. No other thread
 import enum
 
 from engine.speculation.stats import DraftStats
-from engine.types import FinishReason, SamplingParams, Submit, TokenEvent, TokenLogprobs
+from engine.types import (
+    FinishReason,
+    SamplingParams,
+    Submit,
+    TokenEvent,
+    TokenLogprobs,
+    rank_s,
+)
 
 
 class SequenceStatus(enum.Enum):
@@ -19,7 +26,6 @@ class Sequence:
     """A prompt, the output so far, and how much of both the KV cache holds."""
 
     __slots__ = (
-        "arrival_index",
         "arrived_at_s",
         "awaited_digest",
         "block_digests",
@@ -38,6 +44,7 @@ class Sequence:
         "params",
         "prompt_logprobs",
         "queued_s",
+        "rank",
         "reported",
         "seq_id",
         "status",
@@ -52,7 +59,8 @@ class Sequence:
         self.seq_id = message.seq_id
         self.params = params
         self.arrived_at_s = message.arrived_at_s
-        self.arrival_index = arrival_index  # first come, first served: lower goes first
+        # Lower goes first: by priority and arrival, and among equals first come, first served.
+        self.rank = (rank_s(message.arrived_at_s, message.priority), arrival_index)
         self.token_ids = list(message.prompt_ids)
         self.num_prompt_tokens = len(message.prompt_ids)
         # Tokens whose keys and values are in the cache. Every step advances it to at most

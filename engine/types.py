@@ -47,7 +47,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: tuple[float, ...]
 
 
-DrafterChoice = Literal["auto", "off", "ngram", "mtp"]
+DrafterChoice = Literal["auto", "off", "ngram", "mtp", "draft"]
 
 
 class DraftSummary(msgspec.Struct, frozen=True):
@@ -67,8 +67,19 @@ class Submit(msgspec.Struct, frozen=True):
     prompt_ids: tuple[int, ...]  # at least one
     params: SamplingParams
     arrived_at_s: float  # time.monotonic() at the handler
+    priority: int = 0  # lower goes first; see `rank_s`
     drafter: DrafterChoice = "auto"  # who may draft for it
     wants_draft_stats: bool = False
+
+
+# What a step of priority is worth in waiting time. It is finite, so that nobody starves: a
+# sequence is overtaken only by what arrives within this time of each step between the two.
+PRIORITY_STEP_S = 10.0
+
+
+def rank_s(arrived_at_s: float, priority: int) -> float:
+    """Place in the queue: the lowest goes first. Fixed at arrival, however long it waits."""
+    return arrived_at_s + PRIORITY_STEP_S * priority
 
 
 class Abort(msgspec.Struct, frozen=True):

@@ -81,6 +81,8 @@ def _served(loaded: LoadedModel, name: str | None) -> ServedModel:
         defaults=msgspec.convert(
             loaded.generation_defaults, GenerationDefaults, from_attributes=True
         ),
+        num_kv_blocks=loaded.num_kv_blocks,
+        kv_block_size=loaded.core.block_size,
     )
 
 

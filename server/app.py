@@ -25,13 +25,25 @@ from server import (
     page,
     speculation,
 )
-from server.admission import Limits
+from server.connection import CONNECTIONS, Connections
 from server.engine_client import EngineClient, EngineFactory
 from server.errors import ApiError
-from server.http import CLIENT, METRICS, MODEL, REQUEST_ID, SETTINGS, USAGE, Settings, too_large
+from server.forecast import Limits
+from server.gate import Gate
+from server.http import (
+    CLIENT,
+    METRICS,
+    MODEL,
+    POLLER,
+    REQUEST_ID,
+    SETTINGS,
+    USAGE,
+    Settings,
+    too_large,
+)
 from server.metrics import Metrics
 from server.served import ServedModel
-from server.sse import OPEN_WRITERS, OpenWriters
+from server.telemetry.poller import Poller
 
 logger = logging.getLogger("fulcrum")
 access_logger = logging.getLogger("fulcrum.access")
@@ -55,18 +67,31 @@ def create_app(
         middlewares.append(auth.require_key(settings.api_key))
     app = web.Application(middlewares=middlewares, client_max_size=settings.max_body_bytes)
     metrics = Metrics(model.name, lambda: app[CLIENT].load)
+    poller = Poller(settings.telemetry)
+    limits = Limits(
+        max_sequences=settings.max_sequences,
+        max_queue=settings.max_queue,
+        max_step_tokens=settings.max_step_tokens,
+        num_blocks=model.num_kv_blocks,
+        block_size=model.kv_block_size,
+        max_ttft_s=settings.max_ttft_s,
+    )
+    gate = Gate(limits, metrics, poller.sample)
+    metrics.register_telemetry(gate, poller)
     app[MODEL] = model
     app[SETTINGS] = settings
     app[METRICS] = metrics
-    app[OPEN_WRITERS] = OpenWriters()
+    app[CONNECTIONS] = Connections()
+    app[POLLER] = poller
     app[CLIENT] = EngineClient(
         make_engine,
         model.tokenizer,
-        Limits(settings.max_sequences, settings.max_queue),
+        gate,
         metrics,
         stale_s=settings.health_stale_s,
     )
     app.on_response_prepare.append(_set_request_id)
+    app.cleanup_ctx.append(_telemetry)
     app.cleanup_ctx.append(_engine)
     app.cleanup_ctx.append(_watchdog)
     if optimizer is not None:
@@ -83,11 +108,18 @@ def create_app(
             web.get("/health", operations.health),
             web.get("/metrics", operations.metrics),
             web.get("/version", operations.version),
+            web.get("/v1/telemetry", operations.telemetry),
             web.get("/v1/speculation", speculation.speculation),
             web.get("/openapi.json", openapi.openapi),
         ]
     )
     return app
+
+
+async def _telemetry(app: web.Application) -> AsyncIterator[None]:
+    app[POLLER].start()
+    yield
+    await asyncio.to_thread(app[POLLER].stop)
 
 
 async def _engine(app: web.Application) -> AsyncIterator[None]:
@@ -97,13 +129,14 @@ async def _engine(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _watchdog(app: web.Application) -> AsyncIterator[None]:
-    """Now and then look for what no event tells of: a dead engine, a reader that stalls."""
+    """Now and then look for what no event tells of: a dead engine, clients that stand still."""
+    settings = app[SETTINGS]
 
     async def watch() -> None:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-            app[CLIENT].check_engine()
-            app[OPEN_WRITERS].cut_stalled(app[SETTINGS].stalled_reader_s)
+            app[CLIENT].check()
+            app[CONNECTIONS].check(settings.header_timeout_s, settings.stalled_reader_s)
 
     task = asyncio.create_task(watch())
     yield
@@ -163,8 +196,7 @@ def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:
 
 def _error_response(error: ApiError) -> web.Response:
     response = web.Response(body=error.body(), status=error.status, content_type="application/json")
-    if error.retry_after_s is not None:
-        response.headers["Retry-After"] = str(error.retry_after_s)
+    response.headers.update(error.headers())
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

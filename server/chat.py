@@ -12,7 +12,7 @@ from engine.types import SamplingParams, TokenLogprobs
 from server import protocol, unsupported
 from server.errors import check_ids, invalid
 from server.generation import Generation
-from server.http import CLIENT, MODEL, USAGE, check_model, json_response, read_body
+from server.http import CLIENT, MODEL, USAGE, arrival, check_model, json_response, read_body
 from server.protocol import ChatCompletionRequest, Message
 from server.sampling import (
     fit_max_tokens,
@@ -40,7 +40,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     _check_fields(body)
     check_drafter(model, body.fulcrum)
     stops = stop_strings(body.stop)
-    generation = request.app[CLIENT].open(num_choices(body.n))
+    generation = request.app[CLIENT].open(arrival(request, raw, body), num_choices(body.n))
     try:
         prompt = await encode_messages(model, body.messages, len(raw))
         params = _params(body, model, len(prompt))

@@ -11,7 +11,7 @@ from server import protocol, unsupported
 from server.echo import Echo, completion_logprobs
 from server.errors import check_ids, invalid
 from server.generation import Generation
-from server.http import CLIENT, MODEL, USAGE, check_model, json_response, read_body
+from server.http import CLIENT, MODEL, USAGE, arrival, check_model, json_response, read_body
 from server.protocol import CompletionRequest
 from server.sampling import (
     fit_max_tokens,
@@ -41,7 +41,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
     check_drafter(model, body.fulcrum)
     stops = stop_strings(body.stop)
     num_per_prompt = num_choices(body.n)
-    generation = request.app[CLIENT].open(num_prompts(body.prompt) * num_per_prompt)
+    num_sequences = num_prompts(body.prompt) * num_per_prompt
+    generation = request.app[CLIENT].open(arrival(request, raw, body), num_sequences)
     try:
         texts_or_ids = await run_sized(len(raw), lambda: split_prompts(body.prompt, model))
         prompts = await run_sized(len(raw), lambda: encode_prompts(model, texts_or_ids))

@@ -219,12 +219,19 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
     optimizer = app[OPTIMIZER]
 
     def adopt(deployment: Deployment, max_model_len: int) -> None:
-        model, client = app[MODEL], app[CLIENT]
+        model, gate = app[MODEL], app[CLIENT].gate
+        loaded = deployment.loaded
+        if model.fingerprint != loaded.fingerprint:
+            gate.costs.renew()
         model.max_model_len = max_model_len
-        model.fingerprint = deployment.loaded.fingerprint
-        model.drafters = deployment.loaded.speculation.drafters
-        client.limits = msgspec.structs.replace(
-            client.limits, max_sequences=deployment.config.max_sequences
+        model.fingerprint = loaded.fingerprint
+        model.drafters = loaded.speculation.drafters
+        model.num_kv_blocks = loaded.num_kv_blocks
+        gate.limits = msgspec.structs.replace(
+            gate.limits,
+            max_sequences=deployment.config.max_sequences,
+            max_step_tokens=deployment.config.max_step_tokens,
+            num_blocks=loaded.num_kv_blocks,
         )
 
     def on_change(deployment: Deployment, max_model_len: int) -> None:

@@ -10,15 +10,15 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
-
-import msgspec
+from typing import Literal, Protocol
 
 from engine.speculation.report import SpeculationReport
 from engine.tokenizer.protocol import Tokenizer
-from engine.types import EngineLoad, StepReport, Submit, TokenEvent
-from server.admission import Limits, Reject, admit
+from engine.types import EngineLoad, SamplingParams, StepReport, Submit, TokenEvent
+from server.admission import Load, num_to_shed
 from server.errors import ApiError
+from server.forecast import Ask, OpenSequence, forecast
+from server.gate import Arrival, Gate
 from server.generation import Generation
 from server.metrics import Metrics
 from server.stream import Stream
@@ -39,11 +39,7 @@ class EngineThread(Protocol):
 
 
 EngineFactory = Callable[[Callable[[StepReport], None]], EngineThread]
-
-
-class Health(msgspec.Struct, frozen=True):
-    status: str  # "ok", "draining", "engine stale" or "engine dead"
-    heartbeat_age_s: float
+EngineState = Literal["ok", "engine stale", "engine dead"]
 
 
 class EngineClient:
@@ -51,13 +47,13 @@ class EngineClient:
         self,
         make_engine: EngineFactory,
         tokenizer: Tokenizer,
-        limits: Limits,
+        gate: Gate,
         metrics: Metrics,
         *,
         stale_s: float,
     ) -> None:
         self.tokenizer = tokenizer
-        self.limits = limits
+        self.gate = gate
         self.load = EngineLoad()
         self.draining = False
         self._make_engine = make_engine
@@ -68,7 +64,6 @@ class EngineClient:
         self._streams: dict[int, tuple[Generation, Stream]] = {}
         self._generations: set[Generation] = set()
         self._num_open = 0  # sequences reserved, or not yet ended by the engine
-        self._mean_duration_s = 1.0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -87,7 +82,7 @@ class EngineClient:
         """End every sequence, then the engine thread."""
         assert self._engine is not None
         await asyncio.to_thread(self._engine.stop, 0.0)
-        self.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
+        self.fail_all(_shutting_down())
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests and wait for the open ones; after `grace_s` abort what is left."""
@@ -96,15 +91,16 @@ class EngineClient:
             async with asyncio.timeout(grace_s):
                 await self._idle.wait()
         except TimeoutError:
-            self.fail_all(ApiError(503, "The server is shutting down.", code="shutting_down"))
+            self.fail_all(_shutting_down())
 
-    def health(self) -> Health:
+    @property
+    def heartbeat_age_s(self) -> float:
+        return 0.0 if self._engine is None else self._engine.heartbeat_age_s()
+
+    def engine_state(self) -> EngineState:
         if self._engine is None or not self._engine.is_alive():
-            return Health("engine dead", 0.0)
-        age_s = self._engine.heartbeat_age_s()
-        if age_s > self._stale_s:
-            return Health("engine stale", age_s)
-        return Health("draining" if self.draining else "ok", age_s)
+            return "engine dead"
+        return "engine stale" if self._engine.heartbeat_age_s() > self._stale_s else "ok"
 
     async def speculation(self) -> SpeculationReport:
         """What the engine thread says of speculation; raises a 503 where it has ended."""
@@ -118,12 +114,17 @@ class EngineClient:
                     raise  # the client went away
         raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
-    def check_engine(self) -> None:
-        """Fail every open request if the engine thread is gone: none may wait for ever."""
+    def check(self) -> None:
+        """Look for what no event tells of: a dead engine, a device in trouble."""
         if self._engine is not None and not self._engine.is_alive():
+            # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
             self._num_open -= len(self._streams)
             self._streams.clear()
+        self.gate.look()
+        num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
+        if num_too_many:
+            self._shed(num_too_many, above_priority=None)
 
     def fail_all(self, error: ApiError) -> None:
         for generation in list(self._generations):
@@ -131,24 +132,42 @@ class EngineClient:
 
     # One request
 
-    def open(self, num_sequences: int) -> Generation:
+    def open(self, arrival: Arrival, num_sequences: int) -> Generation:
         """Reserve places for a request; raises the 400, 429 or 503 that refuses it."""
         if self.draining:
-            raise ApiError(
-                503, "The server is shutting down.", code="shutting_down", retry_after_s=10
-            )
-        if self._engine is None or not self._engine.is_alive():
-            raise ApiError(503, "The engine has stopped.", code="engine_stopped")
-        decision = admit(self._num_open, num_sequences, self._mean_duration_s, self.limits)
-        if isinstance(decision, Reject):
-            if decision.status == 429:
-                self._metrics.rejected.inc(num_sequences)
-            raise _refusal(decision, num_sequences, self.limits)
+            raise self.gate.refuse("shutting_down", num_sequences)
+        state = self.engine_state()
+        if state == "engine dead":
+            raise self.gate.refuse("engine_dead", num_sequences)
+        if state == "engine stale":
+            raise self.gate.refuse("engine_stale", num_sequences)
+        ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
+        self._make_room(ask)
+        self.gate.decide(arrival, ask, self._open_load(), is_final=False)
         self._num_open += num_sequences
-        generation = Generation(self, num_sequences)
+        generation = Generation(self, arrival, num_sequences)
         self._generations.add(generation)
         self._idle.clear()
         return generation
+
+    def confirm(
+        self, generation: Generation, prompts: list[list[int]], choices: list[list[SamplingParams]]
+    ) -> float:
+        """Decide once more, with the prompts' lengths; returns the predicted time to first token.
+
+        Raises the 429 or 503 that refuses it.
+        """
+        arrival = generation.arrival
+        ask = Ask(
+            rank_s=arrival.rank_s,
+            num_sequences=len(prompts) * len(choices[0]),
+            num_prompt_tokens=max(map(len, prompts)),
+            max_tokens=max(params.max_tokens for row in choices for params in row),
+            ignore_eos=choices[0][0].ignore_eos,
+            priority=arrival.priority,
+        )
+        load = self._open_load(without=generation)
+        return self.gate.decide(arrival, ask, load, is_final=True).ttft_s
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
@@ -163,6 +182,10 @@ class EngineClient:
         assert self._engine is not None
         self._engine.abort(seq_id)
 
+    def note_expired(self, generation: Generation) -> None:
+        num_open = sum(stream.finish_reason is None for stream in generation.streams)
+        self._metrics.observe_decision("deadline_expired", num_open + generation.num_reserved)
+
     def close(self, generation: Generation, num_unused: int) -> None:
         self._num_open -= num_unused
         self._generations.discard(generation)
@@ -174,12 +197,66 @@ class EngineClient:
         """Sequences that hold a place; 0 when every one has been ended by the engine."""
         return self._num_open
 
+    # Who is in, and who has to go
+
+    def _open_load(self, without: Generation | None = None) -> Load:
+        return Load(
+            sequences=[
+                OpenSequence(
+                    generation.arrival.rank_s,
+                    stream.num_prompt_tokens,
+                    stream.num_events and max(1, stream.num_tokens),
+                    stream.max_tokens,
+                    stream.ignore_eos,
+                )
+                for generation, stream in self._streams.values()
+                if stream.finish_reason is None
+            ],
+            num_reserved=sum(
+                generation.num_reserved
+                for generation in self._generations
+                if generation is not without
+            ),
+        )
+
+    def _make_room(self, ask: Ask) -> None:
+        """Shed waiting requests of lower priority where they keep `ask` or its own bound out."""
+        if all(one.arrival.priority <= ask.priority for one in self._generations):
+            return
+        load, limits = self._open_load(), self.gate.limits.scaled(self.gate.condition.factor)
+        num_missing = load.num_open + ask.num_sequences - limits.capacity
+        # Those that are overtaken wait longer: as many go as come in, once the last is too late.
+        last = Ask(rank_s=max((seq.rank_s for seq in load.sequences), default=0.0))
+        if forecast(last, load.sequences, self.gate.costs.costs, limits).ttft_s > limits.max_ttft_s:
+            num_missing = max(num_missing, ask.num_sequences)
+        if num_missing > 0:
+            self._shed(num_missing, above_priority=ask.priority)
+
+    def _shed(self, num_sequences: int, *, above_priority: int | None) -> None:
+        """End waiting requests, those of the last rank first, until so many sequences are gone."""
+        waiting = [
+            generation
+            for generation in self._generations
+            if generation.is_waiting
+            and (above_priority is None or generation.arrival.priority > above_priority)
+        ]
+        waiting.sort(key=lambda generation: generation.arrival.rank_s)
+        costs, limits = self.gate.costs.costs, self.gate.limits
+        while num_sequences > 0 and waiting:
+            generation = waiting.pop()
+            count = generation.num_reserved + len(generation.streams)
+            work_s = forecast(Ask(rank_s=0, num_sequences=count), (), costs, limits).work_s
+            generation.fail(self.gate.shed(generation.arrival, count, work_s))
+            num_sequences -= count
+
     # The engine's reports
 
     def _dispatch(self, report: StepReport) -> None:
         now_s = time.monotonic()
         self.load = report.load
         self._metrics.observe_step(report)
+        if report.num_step_tokens:
+            self._learn_step(report)
         for event in report.events:
             entry = self._streams.get(event.seq_id)
             if entry is None:
@@ -191,32 +268,45 @@ class EngineClient:
             except Exception:  # one stream's trouble must not end the others
                 logger.exception("stream %d failed", event.seq_id)
                 generation.fail(ApiError(500, "The answer could not be decoded."))
+            if event.token_ids and stream.last_token_s is None:
+                self.gate.costs.observe_first_token(
+                    stream.num_prompt_tokens,
+                    event.num_cached_tokens,
+                    generation.predicted_ttft_s,
+                    now_s - stream.submitted_s,
+                )
             self._metrics.observe_event(stream, event, now_s)
             if event.finish_reason is not None:
                 self._end(stream, event, now_s)
             elif was_open and stream.finish_reason == "stop":
                 self.abort(stream.seq_id)  # a stop string: the engine does not know of it
 
+    def _learn_step(self, report: StepReport) -> None:
+        costs = self.gate.costs
+        costs.observe_step(report.num_step_tokens, report.step_s)
+        num_decoding = num_ended = num_emitted = 0
+        for event in report.events:
+            entry = self._streams.get(event.seq_id)
+            # First tokens come from steps that compute prompts.
+            if entry is not None and event.token_ids and entry[1].last_token_s is not None:
+                num_decoding += 1
+                num_ended += event.finish_reason is not None
+                num_emitted += len(event.token_ids)
+        if num_decoding:
+            is_all = num_decoding - num_ended == report.load.num_running
+            costs.observe_decode(
+                num_decoding, num_emitted, report.num_step_tokens if is_all else None
+            )
+
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]
         self._num_open -= 1
         duration_s = now_s - stream.submitted_s
-        self._mean_duration_s += 0.1 * (duration_s - self._mean_duration_s)
         reason = stream.finish_reason or event.finish_reason or "error"
+        if reason in ("stop", "length") and stream.num_tokens:
+            self.gate.costs.observe_end(stream.num_tokens)
         self._metrics.observe_end("error" if event.finish_reason == "error" else reason, duration_s)
 
 
-def _refusal(decision: Reject, num_sequences: int, limits: Limits) -> ApiError:
-    if decision.status == 400:
-        return ApiError(
-            400,
-            f"The request asks for {num_sequences} sequences; this server takes at most "
-            f"{limits.capacity} at once.",
-            param="n",
-        )
-    return ApiError(
-        decision.status,
-        "The queue is full. Try again later.",
-        code="queue_full",
-        retry_after_s=decision.retry_after_s,
-    )
+def _shutting_down() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="shutting_down", retry_after_s=10.0)

@@ -1,5 +1,6 @@
 """The error that handlers raise, and its envelope as OpenAI's SDKs read it."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -10,11 +11,14 @@ _TYPE_BY_STATUS = {
     403: "permission_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     409: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    417: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
+    504: "timeout_error",
 }
 
 
@@ -28,7 +32,8 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        retry_after_s: int | None = None,
+        retry_after_s: float | None = None,
+        is_final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -36,6 +41,14 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.is_final = is_final  # OpenAI's SDKs would otherwise try some statuses again
+
+    def headers(self) -> dict[str, str]:
+        """When to come again: in whole seconds, and as OpenAI's SDKs prefer it in milliseconds."""
+        if self.retry_after_s is not None:
+            wait_ms = max(1, math.ceil(self.retry_after_s * 1000))
+            return {"Retry-After": str(-(-wait_ms // 1000)), "retry-after-ms": str(wait_ms)}
+        return {"x-should-retry": "false"} if self.is_final else {}
 
     def envelope(self) -> dict[str, Any]:
         return {

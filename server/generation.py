@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from engine.types import SamplingParams, Submit, TokenEvent
 from server.errors import ApiError
+from server.gate import Arrival
 from server.protocol import FulcrumOptions, FulcrumUsage, PromptTokensDetails, Usage
 from server.stream import Delta, Stream
 
@@ -24,10 +25,16 @@ if TYPE_CHECKING:
 class Generation:
     """Mutable, on the event loop only. Made by `EngineClient.open`, which reserved its places."""
 
-    def __init__(self, client: "EngineClient", num_sequences: int) -> None:
+    def __init__(self, client: "EngineClient", arrival: Arrival, num_sequences: int) -> None:
+        self.arrival = arrival
         self.streams: list[Stream] = []
+        self.predicted_ttft_s = 0.0
         self._client = client
         self._num_reserved = num_sequences
+        self._deadline: asyncio.TimerHandle | None = None
+        if arrival.timeout_s is not None:
+            left_s = arrival.arrived_at_s + arrival.timeout_s - time.monotonic()
+            self._deadline = asyncio.get_running_loop().call_later(left_s, self._expire)
         self._num_choices = 1
         self._num_unfinished = 0
         self._ready: list[Stream] = []
@@ -45,8 +52,15 @@ class Generation:
         hide_output: bool = False,
         options: FulcrumOptions | None = None,
     ) -> None:
-        """Send every prompt to the engine, once for each of its choices' parameters."""
-        arrived_at_s = time.monotonic()
+        """Send every prompt to the engine, once for each of its choices' parameters.
+
+        Raises the 429 or 503 of a request that turns out to be too much, now that its length is
+        known.
+        """
+        if self._error is not None:
+            raise self._error
+        self.predicted_ttft_s = self._client.confirm(self, prompts, choices)
+        arrival = self.arrival
         options = options or FulcrumOptions()
         self._num_choices = len(choices[0])
         for prompt, params_by_choice in zip(prompts, choices, strict=True):
@@ -61,7 +75,9 @@ class Generation:
                     num_prompt_tokens=len(prompt_ids),
                     hide_output=hide_output,
                 )
-                stream.submitted_s = arrived_at_s
+                stream.submitted_s = arrival.arrived_at_s
+                stream.max_tokens = params.max_tokens
+                stream.ignore_eos = params.ignore_eos
                 self.streams.append(stream)
                 self._num_unfinished += 1
                 self._num_reserved -= 1  # the client keeps the place until the engine is done
@@ -69,7 +85,8 @@ class Generation:
                     stream.seq_id,
                     prompt_ids,
                     params,
-                    arrived_at_s,
+                    arrival.arrived_at_s,
+                    arrival.priority,
                     drafter=options.speculation,
                     wants_draft_stats=options.usage,
                 )
@@ -119,13 +136,43 @@ class Generation:
         """End the request with an error, after what is already visible."""
         if self._error is None and not self._closed:
             self._error = error
+            if self._deadline is not None:
+                self._deadline.cancel()
             self._abort_unfinished()
             self._notify()
+
+    @property
+    def num_reserved(self) -> int:
+        """Places whose sequences are not submitted yet."""
+        return self._num_reserved
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether nothing of it has been computed as far as its client can tell."""
+        return self._error is None and not any(stream.num_events for stream in self.streams)
+
+    def _expire(self) -> None:
+        """End the request at its own `timeout`: with what there is, else with an error."""
+        self._client.note_expired(self)
+        if not any(stream.num_tokens for stream in self.streams):
+            message = "The request's 'timeout' was over before its first token."
+            self.fail(ApiError(504, message, param="timeout", code="timeout", is_final=True))
+            return
+        for stream in self.streams:
+            if stream.finish_reason is None:
+                if not stream.has_delta:
+                    self._ready.append(stream)
+                stream.cut("length")
+                self._num_unfinished -= 1
+                self._client.abort(stream.seq_id)
+        self._notify()
 
     def close(self) -> None:
         """Abort what still runs and give back unused places. Safe to call twice."""
         if self._closed:
             return
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._abort_unfinished()
         self._closed = True
         self._client.close(self, self._num_reserved)

@@ -5,13 +5,21 @@ counts itself is read from its last load at scrape time and costs nothing in bet
 """
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.speculation.report import SpeculationReport
 from engine.types import EngineLoad, StepReport, TokenEvent
+from server.device_metrics import DeviceCollector
+from server.speculation_metrics import SpeculationCollector
 from server.stream import Stream
+from server.telemetry.poller import Poller
+
+if TYPE_CHECKING:
+    from server.gate import Gate
 
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
@@ -24,11 +32,21 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self.registry.register(_LoadCollector(model_name, load))
+        self._speculation = SpeculationCollector(model_name)
+        self.registry.register(self._speculation)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens received.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated.")
         self.rejected = self._counter(
-            "requests_rejected", "Sequences refused because the queue was full."
+            "requests_rejected", "Sequences refused or shed because of load or a fault."
         )
+        self._decisions = Counter(
+            "fulcrum_admission_decisions",
+            "Sequences admitted, refused, shed or out of time, by reason.",
+            ("model_name", "reason"),
+            registry=self.registry,
+        )
+        for reason in ("admitted", "queue_full", "ttft_too_late", "deadline_too_short", "shed"):
+            self._decisions.labels(model_name, reason)
         self._finished = Counter(
             "fulcrum_requests",
             "Sequences ended, by finish reason.",
@@ -59,8 +77,20 @@ class Metrics:
             "step_tokens", "Tokens computed in an engine step.", _TOKENS
         )
 
+    def register_telemetry(self, gate: "Gate", poller: Poller) -> None:
+        self.registry.register(DeviceCollector(self._model_name, gate, poller))
+
+    def take_speculation(self, report: SpeculationReport) -> None:
+        """Keep what the engine says of speculation for the next rendering."""
+        self._speculation.report = report
+
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+    def observe_decision(self, reason: str, num_sequences: int) -> None:
+        self._decisions.labels(self._model_name, reason).inc(num_sequences)
+        if reason not in ("admitted", "too_many_sequences", "deadline_expired"):
+            self.rejected.inc(num_sequences)
 
     def observe_step(self, report: StepReport) -> None:
         if report.num_step_tokens:

@@ -16,6 +16,7 @@ from engine.speculation.report import SpeculationReport
 from server import protocol
 from server.http import MODEL, json_response
 from server.operations import package_version
+from server.telemetry_report import Health, TelemetryReport
 
 _BODIES: dict[str, Any] = {
     "/v1/chat/completions": protocol.ChatCompletionRequest,
@@ -29,7 +30,9 @@ _ANSWERS: dict[str, tuple[str, Any]] = {
     "/v1/chat/completions": ("200", protocol.ChatCompletion),
     "/v1/completions": ("200", protocol.Completion),
     "/v1/models/{model}": ("200", protocol.ModelCard),
+    "/health": ("200", Health),
     "/v1/speculation": ("200", SpeculationReport),
+    "/v1/telemetry": ("200", TelemetryReport),
     "/v1/optimizations/apply": ("202", Status),
     "/v1/optimizations/apply/{id}": ("200", Status),
 }

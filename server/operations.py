@@ -1,20 +1,23 @@
 """Endpoints beside generation: tokenize, detokenize, health, metrics, version."""
 
+import asyncio
 import importlib.metadata
+from contextlib import suppress
 
 import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from server import protocol
+from server import protocol, telemetry_report
 from server.chat import encode_messages
-from server.errors import invalid
-from server.http import CLIENT, METRICS, MODEL, check_model, json_response, read_body
+from server.errors import ApiError, invalid
+from server.http import CLIENT, METRICS, MODEL, POLLER, check_model, json_response, read_body
 from server.protocol import DetokenizeRequest, TokenizeRequest
 from server.tokens import run_sized
 
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+SPECULATION_TIMEOUT_S = 1.0  # that a scrape waits for the engine to come out of a step
 
 
 async def tokenize(request: web.Request) -> web.Response:
@@ -63,16 +66,28 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """Whether new requests should come here; with `?check=live`, whether the engine works."""
-    state = request.app[CLIENT].health()
-    healthy = state.status == "ok" or (
-        state.status == "draining" and request.query.get("check") == "live"
-    )
-    answer = {"status": state.status, "heartbeat_age_s": round(state.heartbeat_age_s, 3)}
-    return json_response(answer, 200 if healthy else 503)
+    """Whether new requests should come here.
+
+    With `?check=live`, whether the process answers; with `?check=engine`, whether steps return.
+    """
+    answer = telemetry_report.health(request.app[CLIENT], request.app[POLLER])
+    is_healthy = answer.status in ("ok", "degraded")
+    check = request.query.get("check")
+    if check == "engine":
+        is_healthy = not answer.status.startswith("engine")
+    return json_response(answer, 200 if is_healthy or check == "live" else 503)
+
+
+async def telemetry(request: web.Request) -> web.Response:
+    """What was sensed, what follows from it, and what was decided about requests and why."""
+    return json_response(telemetry_report.report(request.app[CLIENT], request.app[POLLER]))
 
 
 async def metrics(request: web.Request) -> web.Response:
+    """All metrics; those of speculation are older where the engine is in a long step, or ended."""
+    with suppress(TimeoutError, ApiError):
+        async with asyncio.timeout(SPECULATION_TIMEOUT_S):
+            request.app[METRICS].take_speculation(await request.app[CLIENT].speculation())
     body = request.app[METRICS].render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -14,7 +14,7 @@ from typing import NoReturn, cast
 
 import msgspec
 
-from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, SPECULATION_MODES, ConfigError, EngineConfig
 from engine.planning import proposal
 from server.http import Settings
 from server.logs import LogFormat
@@ -125,11 +125,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--speculation",
-        choices=("auto", "off", "ngram", "mtp"),
+        choices=SPECULATION_MODES,
         default=defaults.speculation,
-        help="who drafts tokens for the model to verify; the text is the same (default: off)",
+        help="who drafts tokens for the model to verify, text unchanged (default: %(default)s)",
     )
     group.add_argument("--mtp-head", help="folder of a head that was trained for the model")
+    group.add_argument(
+        "--draft-model", help="a smaller model of the same vocabulary that drafts, as --model"
+    )
     group.add_argument("--threads", type=_count(1), help="compute threads (default: one per core)")
 
 
@@ -173,6 +176,30 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         help="time without reading after which a stream is closed (default: %(default)s)",
     )
     group.add_argument(
+        "--max-ttft-s",
+        type=_seconds(0.0),
+        default=defaults.max_ttft_s,
+        help="beyond this predicted time to the first token 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--header-timeout-s",
+        type=_seconds(0.1),
+        default=defaults.header_timeout_s,
+        help="time for a request's headers (default: %(default)s)",
+    )
+    group.add_argument(
+        "--body-timeout-s",
+        type=_seconds(0.1),
+        default=defaults.body_timeout_s,
+        help="time for a request's body, longer if it comes at 16 KiB/s (default: %(default)s)",
+    )
+    group.add_argument(
+        "--telemetry",
+        choices=("auto", "host", "gpu", "off"),
+        default=defaults.telemetry,
+        help="whose sensors decide on admission; auto: the device that computes (default: auto)",
+    )
+    group.add_argument(
         "--receipts",
         type=Path,
         help="file that receipts of applied settings are added to "
@@ -184,10 +211,15 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
 def _to_options(args: argparse.Namespace) -> Options:
     if args.served_model_name == "":
         raise ConfigError("--served-model-name: must not be empty")
-    if args.mtp_head is not None and args.speculation not in ("auto", "mtp"):
-        raise ConfigError(
-            f"--mtp-head {args.mtp_head}: needs --speculation auto or mtp, not {args.speculation}"
-        )
+    for option, value, own_mode in (
+        ("--mtp-head", args.mtp_head, "mtp"),
+        ("--draft-model", args.draft_model, "draft"),
+    ):
+        # It may be switched to later; at the start it would be given for nothing.
+        if value is not None and args.speculation not in ("auto", own_mode):
+            raise ConfigError(
+                f"{option} {value}: needs --speculation auto or {own_mode}, not {args.speculation}"
+            )
     if args.max_body < 1:
         raise ConfigError("--max-body: must be at least 1 byte")
     return Options(
@@ -203,6 +235,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             num_threads=args.threads,
             speculation=args.speculation,
             mtp_head=args.mtp_head,
+            draft_model=args.draft_model,
         ),
         settings=Settings(
             api_key=_api_key(args.api_key, args.api_key_file),
@@ -212,6 +245,11 @@ def _to_options(args: argparse.Namespace) -> Options:
             grace_s=args.grace_s,
             health_stale_s=args.health_stale_s,
             stalled_reader_s=args.stalled_reader_s,
+            header_timeout_s=args.header_timeout_s,
+            body_timeout_s=args.body_timeout_s,
+            max_ttft_s=args.max_ttft_s,
+            max_step_tokens=args.max_step_tokens,
+            telemetry=args.telemetry,
         ),
         served_model_name=args.served_model_name,
         host=args.host,

@@ -67,6 +67,8 @@ class GenerationRequest(msgspec.Struct, forbid_unknown_fields=True, kw_only=True
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    priority: int | None = None  # lower goes first
+    timeout: float | None = None  # seconds for the whole answer, from the request's arrival
     fulcrum: FulcrumOptions | None = None
     # Labels of the client's own; nothing in an answer depends on them.
     user: str | None = None

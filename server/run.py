@@ -13,11 +13,11 @@ import uvloop
 from aiohttp import web
 
 from engine.config import ConfigError
+from server.connection import Site
 from server.http import CLIENT, SETTINGS
 
 logger = logging.getLogger("fulcrum")
 
-_BACKLOG = 1024
 # A name may have an address of a family that this machine does not use.
 _UNUSABLE = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _FLUSH_S = 2.0  # for answers that are complete but not yet read, at the end
@@ -86,7 +86,7 @@ async def _serve(
     await runner.setup()
     try:
         for bound in sockets:
-            await web.SockSite(runner, bound, backlog=_BACKLOG).start()
+            await Site(runner, bound).start()
         stopping = _on_signals()
         on_listening(_address(sockets[0]))
         await stopping.wait()

@@ -41,3 +41,5 @@ class ServedModel(msgspec.Struct, kw_only=True):
     drafters: tuple[str, ...] = ()  # that requests may name
     vocab_size: int  # ids below it can be computed; a tokenizer may know more
     defaults: GenerationDefaults = GenerationDefaults()
+    num_kv_blocks: int = 0  # 0: not known
+    kv_block_size: int = 16

@@ -60,6 +60,9 @@ class Stream:
         self.num_cached_tokens = 0
         self.drafts: DraftSummary | None = None
         self.num_tokens = 0  # generated, the one that ended the sequence included
+        self.num_events = 0  # steps of the engine that gave something
+        self.max_tokens = 1
+        self.ignore_eos = False
         self.finish_reason: str | None = None
         self.submitted_s = 0.0
         self.last_token_s: float | None = None
@@ -94,6 +97,7 @@ class Stream:
         """Apply one step's event; sets `finish_reason` when the sequence or a stop ends it."""
         if self._delta is None:
             self._delta = Delta(self.index, not self._taken_before)
+        self.num_events += 1
         if event.prompt_logprobs is not None:
             self._delta.prompt_logprobs = event.prompt_logprobs
         self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
@@ -104,6 +108,12 @@ class Stream:
             self._push_tokens(event)
         if event.finish_reason is not None and self.finish_reason is None:
             self._finish(event.finish_reason)
+
+    def cut(self, reason: str) -> None:
+        """End here, though the engine would go on; what was held back is shown."""
+        if self._delta is None:
+            self._delta = Delta(self.index, not self._taken_before)
+        self._finish(reason)
 
     def _note_times(self, event: TokenEvent) -> None:
         if event.queued_s is not None:

@@ -31,8 +31,11 @@ HEAD_NORM_NAMES: Mapping[str, str] = {
     "k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
 }
 
-# Buffers of old checkpoints that repeat what config.json says.
-_IGNORED_TENSORS = ("*.rotary_emb.inv_freq",)
+# Buffers of old checkpoints that repeat what config.json says, and multi-token-prediction modules,
+# which are read apart from the model.
+_IGNORED_TENSORS = ("*.rotary_emb.inv_freq", "mtp.*", "model.mtp_layers.*")
+# How many modules there are, in DeepSeek-V3's and in Qwen's words.
+_MODULE_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 _ACTIVATIONS: Mapping[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -53,6 +56,8 @@ def decoder_spec(config: Settings, family: str, tensor_names: Mapping[str, str])
     theta = parameters.number("rope_theta", config.number("rope_theta", 10_000.0))
     rope = rope_table(head_dim, theta, parameters, max_position)
     bos_ids = config.ids("bos_token_id")
+    num_modules = max(config.integer(key, 0) for key in _MODULE_COUNTS)
+    module_tensors = (f"model.layers.{num_layers + index}.*" for index in range(num_modules))
     return ModelSpec(
         family=family,
         num_layers=num_layers,
@@ -74,7 +79,8 @@ def decoder_spec(config: Settings, family: str, tensor_names: Mapping[str, str])
         eos_token_ids=config.ids("eos_token_id"),
         tied_embeddings=config.flag("tie_word_embeddings", False),
         tensor_names=tensor_names,
-        ignored_tensors=_IGNORED_TENSORS,
+        ignored_tensors=(*_IGNORED_TENSORS, *module_tensors),
+        num_announced_modules=num_modules,
     )
 
 

@@ -41,7 +41,9 @@ LAYER_NAMES: Mapping[str, str] = {
 DRAFT_IDS_NAME = "draft_token_ids"
 _CONFIG_NAME = "config.json"
 _FORMAT = "int8"  # of all matrices: a draft need not be exact, but half the bytes is half the time
-_MATRICES = frozenset(("input_projection", "q", "k", "v", "attention_output", "gate", "up", "down"))
+_MATRICES = frozenset(
+    ("input_projection", "q", "k", "v", "attention_output", "gate", "up", "down", "output")
+)
 
 
 class MtpHead(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +52,10 @@ class MtpHead(msgspec.Struct, frozen=True, kw_only=True):
     origin: str  # for the start-up table
     tensors: Mapping[str, StoredTensor]
     draft_ids: NDArray[np.int32] | None = None  # (V_draft,), None: all
+    chains_normed: bool = False  # goes on from its own output after the final norm, not before
+    norm_offset: float = 0.0  # added to every norm weight
+    acceptance_by_position: tuple[float, ...] = ()  # as measured when it was trained
+    tokens_per_step: float | None = None  # likewise
 
 
 class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,18 +100,22 @@ def read_head(folder: Path) -> tuple[HeadConfig, MtpHead]:
     if ids is None or ids.block_type != "I32" or len(ids.shape) != 1:
         raise CheckpointError(f"{folder}: {DRAFT_IDS_NAME} must be a list of int32")
     draft_ids = ids.data.view(np.int32).copy()
-    return config, MtpHead(origin=f"head {folder.name}", tensors=by_slot, draft_ids=draft_ids)
+    return config, MtpHead(
+        origin=f"head {folder.name}",
+        tensors=by_slot,
+        draft_ids=draft_ids,
+        acceptance_by_position=config.acceptance_by_position,
+        tokens_per_step=config.tokens_per_step,
+    )
 
 
-def find_head(
-    heads: Path, spec: ModelSpec, tensors: Mapping[str, StoredTensor]
-) -> tuple[HeadConfig, MtpHead] | None:
+def find_head(heads: Path, spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> MtpHead | None:
     """The head in one of the folders of `heads` that was trained for this model, if any."""
     digest = target_digest(spec, tensors)
     for path in sorted(heads.glob(f"*/{_CONFIG_NAME}")):
         config, head = read_head(path.parent)
         if config.target_digest == digest:
-            return config, head
+            return head
     return None
 
 
@@ -120,9 +130,9 @@ def load_module(
 
     `tensors` are the target's. Raises CheckpointError where the module does not fit it.
     """
-    module = fulcrum_core.Model(module_config(spec), target)
+    module = fulcrum_core.Model(module_config(spec, head), target)
     for slot, tensor in head.tensors.items():
-        _load(module, slot, tensor)
+        _load(module, slot, tensor, head.norm_offset)
     if head.draft_ids is not None:
         _load_head_rows(module, spec, tensors, head.draft_ids)
     module.share_embedding(target)
@@ -131,13 +141,14 @@ def load_module(
     return module
 
 
-def module_config(spec: ModelSpec) -> fulcrum_core.Config:
+def module_config(spec: ModelSpec, head: MtpHead) -> fulcrum_core.Config:
     """The core's form of a module beside a target of this spec."""
     one_layer = replace(
         spec, num_layers=1, layer_windows=(0,), layer_rope_index=spec.layer_rope_index[-1:]
     )
     config = core_config(one_layer)
     config.reads_hidden = True
+    config.chains_normed = head.chains_normed
     return config
 
 
@@ -154,11 +165,12 @@ def module_weights_bytes(head: MtpHead, spec: ModelSpec, isa: str) -> int:
     return num_bytes
 
 
-def _load(module: Any, slot: str, tensor: StoredTensor) -> None:
-    layer = -1 if slot in MODULE_NAMES else 0
+def _load(module: Any, slot: str, tensor: StoredTensor, norm_offset: float) -> None:
+    layer = -1 if slot in MODULE_NAMES or slot == "output" else 0
     try:
         if slot not in _MATRICES:
-            module.load_vector(slot, layer, tensor.floats())
+            offset = norm_offset if slot.endswith("norm") else 0.0
+            module.load_vector(slot, layer, tensor.floats() + np.float32(offset))
             return
         if len(tensor.shape) != 2:
             raise ValueError("is no matrix")

@@ -54,6 +54,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     tensor_names: Mapping[str, str]  # slot → name, "{layer}" for the layer's number
     ignored_tensors: tuple[str, ...] = ()  # patterns of names that hold nothing of the model
     norm_offset: float = 0.0  # added to every norm weight of the file
+    num_announced_modules: int = 0  # for multi-token prediction, as config.json says
     has_interleaved_rope: bool = False  # q and k have the row order of llama.cpp's converter
 
     def __post_init__(self) -> None:

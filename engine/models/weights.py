@@ -3,10 +3,12 @@
 The loader plans first, so that whatever is wrong with a file is said before anything is loaded.
 """
 
+import os
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -45,6 +47,8 @@ _EXACT = frozenset(
     )
 )
 _USUAL_FORMATS = ("int4", "int8", "bf16")
+
+Result = TypeVar("Result")
 
 
 class PlannedTensor(msgspec.Struct, frozen=True):
@@ -112,23 +116,49 @@ def plan_weights(
     return WeightPlan(tuple(planned), _summary(matrices), _reason(matrices, quantization))
 
 
-def load_vectors(core: WeightCore, spec: ModelSpec, plan: WeightPlan) -> None:
-    """Give the core its norms and biases."""
+def load_weights(
+    core: WeightCore,
+    spec: ModelSpec,
+    plan: WeightPlan,
+    meanwhile: Callable[[], Result],
+    *,
+    num_threads: int,
+    niceness: int = 0,
+) -> Result:
+    """Give the core all its weights; the result of `meanwhile`, run while it packs matrices.
+
+    The largest matrices come first; the core releases the GIL meanwhile.
+    """
+    matrices = [item for item in plan.tensors if item.format is not None]
+    matrices.sort(key=lambda item: item.tensor.data.size, reverse=True)
+    # Niceness is a thread's own: the core's threads, made before, keep theirs.
+    with ThreadPoolExecutor(
+        num_threads, initializer=_lower_priority, initargs=(niceness,)
+    ) as executor:
+        loading = [executor.submit(_load_matrix, core, spec, item) for item in matrices]
+        try:
+            _load_vectors(core, spec, plan)
+            result = meanwhile()
+            for future in loading:
+                future.result()
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return result
+
+
+def _lower_priority(niceness: int) -> None:
+    if niceness:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def _load_vectors(core: WeightCore, spec: ModelSpec, plan: WeightPlan) -> None:
     for item in plan.tensors:
         if item.format is None:
             values = item.tensor.floats()
             if item.slot.slot.endswith("norm"):
                 values += np.float32(spec.norm_offset)
             core.load_vector(item.slot.slot, item.slot.layer, values)
-
-
-def submit_matrices(
-    core: WeightCore, spec: ModelSpec, plan: WeightPlan, executor: Executor
-) -> Sequence[Future[None]]:
-    """Begin to load the matrices, the largest first; the core releases the GIL meanwhile."""
-    matrices = [item for item in plan.tensors if item.format is not None]
-    matrices.sort(key=lambda item: item.tensor.data.size, reverse=True)
-    return [executor.submit(_load_matrix, core, spec, item) for item in matrices]
 
 
 def _load_matrix(core: WeightCore, spec: ModelSpec, item: PlannedTensor) -> None:

@@ -139,11 +139,15 @@ class _StepBench:
         self._num_open = num_sequences
         self._done.clear()
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        messages = []
         for _ in range(num_sequences):
             self._next_id += 1
             prompt = self._random.integers(0, self._vocab_size, prompt_tokens)
             ids = tuple(prompt.tolist())
-            self._engine.submit(Submit(self._next_id, ids, params, time.monotonic()))
+            messages.append(Submit(self._next_id, ids, params, time.monotonic()))
+        # In one go: the first of them must not end before the last has begun.
+        for message in messages:
+            self._engine.submit(message)
         if not self._done.wait(60):
             raise TimeoutError("the calibration's steps do not end")
         return self._reports

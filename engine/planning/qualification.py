@@ -15,13 +15,13 @@ from engine.checkpoint.cache import cache_folder
 from engine.checkpoint.gguf import GgufFile
 from engine.checkpoint.tensor import CheckpointError
 from engine.config import EngineConfig, KvDtype, Quantization
-from engine.ledger import kv_token_bytes, mib, plan_deployment
+from engine.ledger import kv_token_bytes, mib, plan_deployment, planned_weights_bytes
 from engine.loader import ModelHeaders
 from engine.machine import physical_cores
 from engine.speculation.load import choose_head
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
-BUILT_DRAFTERS = frozenset(("ngram", "mtp"))
+BUILT_DRAFTERS = frozenset(("ngram", "mtp", "draft"))
 # Levels that are asked for, built or not.
 _LEVELS = tuple(dict.fromkeys((*get_args(Quantization), "fp8")))
 _LEVEL_MEANING = {
@@ -140,10 +140,13 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
                 name=f"speculation {name}",
                 kind="speculation",
                 qualified=has_parts and built,
-                enabled=has_parts and built and config.speculation in ("auto", name),
+                enabled=has_parts
+                and built
+                and config.speculation in ("auto", name)
+                and (name != "draft" or headers.draft is not None),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
-                setting={"speculation": name} if has_parts and built else None,
+                setting={"speculation": name} if has_parts and built and not needs else None,
             )
         )
     return rows
@@ -152,28 +155,37 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
 def _mtp(headers: ModelHeaders, config: EngineConfig) -> tuple[bool, str, str | None]:
     checkpoint = headers.checkpoint
     wanted = msgspec.structs.replace(config, speculation="auto")
-    found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
+    try:
+        found = choose_head(wanted, checkpoint.spec, checkpoint.tensors)
+    except CheckpointError as error:  # the checkpoint's own module is not whole
+        return False, str(error), "a head trained for this model"
     if found is not None:
-        per_step = found[0].tokens_per_step
-        return True, f"{found[1].origin}: {per_step:.2f} tokens per step when trained", None
+        per_step = found.tokens_per_step
+        gain = "" if per_step is None else f": {per_step:.2f} tokens per step when trained"
+        return True, found.origin + gain, None
     names = [n for n in headers.checkpoint.tensors if any(mark in n for mark in _MTP_MARKS)]
     if names:
         evidence = f"the checkpoint's own module ({names[0]}) is of a kind that is not read"
         return False, evidence, "a head trained for this model"
-    return False, "no head was trained for this model", "a head trained for this model"
+    evidence = "the files hold no multi-token prediction module, and no head was trained for it"
+    return False, evidence, "a head trained for this model"
 
 
 def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:
-    """Look for a smaller model with the same vocabulary among those in the cache folder."""
+    """The drafting model that was given, or one that might be, among those in the cache folder."""
     path = headers.resolved.path
-    needs = "a model of at most half the size with the same vocabulary in the cache folder"
+    if headers.draft is not None:
+        weights = headers.draft.weights
+        evidence = f"{headers.draft.name} has the same vocabulary; {weights.formats}"
+        return True, f"{evidence}, {mib(planned_weights_bytes(weights, headers.isa))}", None
+    needs = "--draft-model, a model of at most half the size with the same vocabulary"
     own = _gguf_vocabulary(path) if headers.resolved.kind == "gguf" else None
     own_bytes = path.stat().st_size if path.is_file() else _folder_bytes(path)
     others = [p for p in sorted(cache_folder().glob("packages/*/*.gguf")) if p != path]
     smaller = [p for p in others if p.stat().st_size <= own_bytes / 2]
     for candidate in smaller:
         if own is not None and _gguf_vocabulary(candidate) == own:
-            return True, f"{candidate.name} has the same vocabulary and half the size", None
+            return True, f"{candidate.name} has the same vocabulary and half the size", needs
     found = f"{len(others)} other models in the cache, {len(smaller)} of at most half the size"
     return False, f"{found}, none with the same vocabulary", needs
 

@@ -4,6 +4,7 @@ The core does it in one call (cpp/draft.h); here is which positions the model st
 with, for each of the engine's lanes.
 """
 
+import time
 from bisect import bisect_right
 from collections.abc import Sequence as Row
 from typing import Any
@@ -20,6 +21,9 @@ from engine.speculation.drafter import Draft
 _CLASS_BOUNDS = (0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.74, 0.84, 0.92, 0.97)
 _CLASS_PRIORS = (0.05, 0.12, 0.2, 0.3, 0.42, 0.54, 0.66, 0.77, 0.86, 0.93, 0.97)
 _UNKNOWN_PRIOR = 0.5  # of a position that was never measured
+# A model that reads no hidden states can catch up with any text, but not all at once: a whole
+# prompt would be a pause of several steps in every running stream. Tokens of a call, at most.
+_CATCH_UP_TOKENS = 128
 # A chain whose drafts together are less likely than this is not gone on with.
 _MIN_CONFIDENCE = 0.1
 
@@ -40,10 +44,12 @@ class ChainDrafter:
         max_step_tokens: int,
         position_priors: Row[float],
         hidden: Float32Array | None = None,
+        num_ids: int | None = None,
     ) -> None:
         """`model` has a KV cache of as many blocks as the target. `position_priors` are
         acceptances known beforehand; `hidden` is what the batch keeps of the target's hidden
-        states, (lanes * W, D), where the model reads them."""
+        states, (lanes * W, D), where the model reads them. Ids from `num_ids` on are tokens of
+        one of the two models only: no text that holds one is drafted for."""
         num_lanes = len(lanes.tokens)
         self.name = name
         self.max_drafts = max_drafts
@@ -52,6 +58,8 @@ class ChainDrafter:
         self._block_size = model.block_size
         self._window = 0 if hidden is None else len(hidden) // num_lanes
         self._max_tokens = max(max_step_tokens, self._window)
+        self._num_ids = num_ids
+        self._tokens = lanes.tokens
         self._core = fulcrum_core.Drafter(model, self._max_tokens, num_lanes, max_drafts)
         names = ("lanes", "begin", "end", "start", "num_drafts", "num_drafted")
         self._call: dict[str, NDArray[Any]] = {n: np.zeros(num_lanes, np.int32) for n in names}
@@ -60,6 +68,7 @@ class ChainDrafter:
         texts = {n: lanes.params[n] for n in ("temperature", "top_p", "min_p", "top_k", "seed")}
         if hidden is not None:
             texts["hidden"] = hidden
+        self._blocks = lanes.blocks
         self._core.bind(tokens=lanes.tokens, blocks=lanes.blocks, **texts, **self._call)
         # Of each lane: whose text this is about, from where on it is seen, how far it is computed.
         self._owners: list[tuple[int, int] | None] = [None] * num_lanes
@@ -71,11 +80,17 @@ class ChainDrafter:
         drafts = [Draft(self.name, [], [])] * len(sequences)
         group: list[int] = []
         num_tokens = 0
+        budget = _CATCH_UP_TOKENS
         for index, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
-            span = self._span(seq) if wanted > 0 else None
+            if wanted <= 0:
+                continue
+            span = self._hidden_span(seq) if self._window else self._text_span(seq, budget)
             if span is None:
                 continue
             count = span[1] - span[0]
+            budget -= count
+            if not self._window and span[1] < len(seq.token_ids):
+                wanted = 0  # not caught up yet
             if self._window and num_tokens + count > self._max_tokens:
                 self._run(group, drafts)
                 group, num_tokens = [], 0
@@ -85,17 +100,55 @@ class ChainDrafter:
         self._run(group, drafts)
         return drafts
 
-    def _span(self, seq: Sequence) -> tuple[int, int] | None:
-        """Positions to catch up with, and note that they are; None where too little is known."""
-        lane, owner = seq.lane, (seq.seq_id, seq.num_starts)
-        reads_hidden = self._window > 0
-        # With a hidden state goes the token after it: the last token has none yet.
-        end = len(seq.token_ids) - 1 if reads_hidden else len(seq.token_ids)
-        if self._owners[lane] != owner:
-            self._owners[lane] = owner
-            self._starts[lane] = self._ends[lane] = seq.first_computed if reads_hidden else 0
+    def time_probe(self, num_sequences: int, num_drafts: int) -> float:
+        """Draft behind made-up texts of a token; return the seconds.
+
+        Only before anything is served: it writes into the first blocks of the cache.
+        """
+        rows = np.arange(num_sequences, dtype=np.int32)
+        values = {"lanes": rows, "begin": 0, "end": 1, "start": 0, "num_drafts": num_drafts}
+        for name, value in values.items():
+            self._call[name][:num_sequences] = value
+        self._blocks[:num_sequences, 0] = rows
+        began_s = time.perf_counter()
+        self._core.propose(num_sequences, 0.0)
+        seconds = time.perf_counter() - began_s
+        self._blocks[:num_sequences, 0] = 0
+        return seconds
+
+    def _text_span(self, seq: Sequence, budget: int) -> tuple[int, int] | None:
+        """Positions to catch up with, and note that they are; None where there are none.
+
+        What the prefix cache spared the target is computed here: its keys and values are others.
+        """
+        lane = seq.lane
+        self._take_over(seq, 0)
         begin = self._ends[lane]
-        if reads_hidden and begin < end - self._window:
+        # Every sequence can take at least what a step may have given it.
+        end = min(len(seq.token_ids), begin + max(budget, self.max_drafts + 1))
+        if begin >= end:
+            return None
+        if self._num_ids is not None and self._tokens[lane, begin:end].max() >= self._num_ids:
+            return None
+        self._ends[lane] = end
+        return begin, end
+
+    def _take_over(self, seq: Sequence, first: int) -> None:
+        """Forget what the lane held before, if that was another text; this one is seen from
+        `first` on."""
+        owner = (seq.seq_id, seq.num_starts)
+        if self._owners[seq.lane] != owner:
+            self._owners[seq.lane] = owner
+            self._starts[seq.lane] = self._ends[seq.lane] = first
+
+    def _hidden_span(self, seq: Sequence) -> tuple[int, int] | None:
+        """The same for a model that reads hidden states; None where too little is known."""
+        lane = seq.lane
+        self._take_over(seq, seq.first_computed)
+        # With a hidden state goes the token after it: the last token has none yet.
+        end = len(seq.token_ids) - 1
+        begin = self._ends[lane]
+        if begin < end - self._window:
             # The states in between are gone: the text is seen from a later block on.
             oldest = end - self._window
             begin = self._starts[lane] = -(-oldest // self._block_size) * self._block_size
@@ -124,5 +177,7 @@ class ChainDrafter:
             self._call["draft_probs"][:count].tolist(),
             strict=True,
         ):
+            if self._num_ids is not None:
+                number = next((i for i in range(number) if ids[i] >= self._num_ids), number)
             buckets = [bisect_right(_CLASS_BOUNDS, prob) for prob in probs[:number]]
             drafts[index] = Draft(self.name, ids[:number], buckets)

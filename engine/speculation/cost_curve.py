@@ -5,10 +5,7 @@ of drafts by the number of sequences. Times never fall as the size grows.
 """
 
 import math
-import statistics
-import time
 from bisect import bisect_left
-from collections.abc import Callable
 from collections.abc import Sequence as Row
 
 import numpy as np
@@ -179,29 +176,3 @@ def never_falling(values: list[float], weights: list[float]) -> list[float]:
             count += other_count
         pools.append((mean, total, count))
     return [mean for mean, _, count in pools for _ in range(count)]
-
-
-def calibrate(
-    curve: CostCurve, sizes: Row[int], measure: Callable[[int], None], budget_s: float
-) -> None:
-    """Seed `curve` by running `measure(size)` for each size, in turns, while the time lasts.
-
-    Ascending sizes: where the time runs out in the first round, the rest is extrapolated.
-    """
-    ends_at_s = time.monotonic() + budget_s
-    measure(sizes[0])  # the first run meets cold caches
-    times_s: dict[int, list[float]] = {}
-    while True:
-        for size in sizes:
-            began_s = time.monotonic()
-            # A run that would not end in time is not begun.
-            if times_s and began_s + math.fsum(times_s.get(size, (0.0,))[:1]) > ends_at_s:
-                break
-            measure(size)
-            times_s.setdefault(size, []).append(time.monotonic() - began_s)
-        else:
-            if len(times_s[sizes[0]]) < 9 and time.monotonic() < ends_at_s:
-                continue
-        break
-    for size, measured_s in times_s.items():
-        curve.seed(size, statistics.median(measured_s))

@@ -13,7 +13,8 @@ CACHE_CALLS = 16  # after which what was computed is computed anew
 class DraftCost:
     """Seconds of asking one drafter, by the number of sequences and of drafts for each."""
 
-    def __init__(self, max_sequences: int, max_drafts: int) -> None:
+    def __init__(self, step: CostCurve, max_sequences: int, max_drafts: int) -> None:
+        self._step = step
         self._max_drafts = max_drafts
         self._curves = [CostCurve(max_sequences) for _ in range(max_drafts)]
         self._cached: dict[int, FloatArray] = {}
@@ -27,17 +28,17 @@ class DraftCost:
         """Take in the time of one call; num_drafts is the largest of its sequences'."""
         self._curves[min(num_drafts, self._max_drafts) - 1].observe(num_sequences, draft_s)
 
-    def times_s(self, num_sequences: int, step_times_s: FloatArray) -> FloatArray:
+    def times_s(self, num_sequences: int) -> FloatArray:
         """Return seconds by number of drafts, 0 … max_drafts; do not write to it."""
         self._num_calls += 1
         if self._num_calls % CACHE_CALLS == 0:
             self._cached.clear()
         times_s = self._cached.get(num_sequences)
         if times_s is None:
-            times_s = self._cached[num_sequences] = self._compute(num_sequences, step_times_s)
+            times_s = self._cached[num_sequences] = self._compute(num_sequences)
         return times_s
 
-    def _compute(self, num_sequences: int, step_times_s: FloatArray) -> FloatArray:
+    def _compute(self, num_sequences: int) -> FloatArray:
         times_s = np.zeros(self._max_drafts + 1)
         known = [k for k, curve in enumerate(self._curves, 1) if curve.is_known]
         for k in range(1, self._max_drafts + 1):
@@ -46,7 +47,7 @@ class DraftCost:
                 measured_s = self._curves[nearest - 1].times_s()[num_sequences]
                 times_s[k] = measured_s * k / nearest
             else:
-                times_s[k] = GUESSED_RUN_SHARE * k * step_times_s[num_sequences]
+                times_s[k] = GUESSED_RUN_SHARE * k * self._step.times_s()[num_sequences]
         return times_s
 
 
@@ -62,5 +63,5 @@ class Costs:
         """The costs of a drafter, made at first asking."""
         cost = self._drafts.get(name)
         if cost is None:
-            cost = self._drafts[name] = DraftCost(self._max_sequences, max_drafts)
+            cost = self._drafts[name] = DraftCost(self.step, self._max_sequences, max_drafts)
         return cost

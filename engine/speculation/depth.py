@@ -7,6 +7,7 @@ for those to come; the policy asks it and hands it those drafts.
 import numpy as np
 
 from engine.speculation.acceptance import Acceptance
+from engine.speculation.candidates import StepDrafts
 from engine.speculation.cost_curve import FloatArray
 from engine.speculation.costs import Costs
 from engine.speculation.drafter import Draft
@@ -30,7 +31,6 @@ class DepthPlanner:
         self.rates: FloatArray = np.zeros(acceptance.max_drafts + 1)
         self.num_changes = 0
         self._acceptance = acceptance
-        self._step = costs.step
         self._profiles = np.zeros((NUM_PROFILES, acceptance.max_drafts), np.intp)
         self._num_profiles = 0
         self._calls_left = 0
@@ -45,23 +45,22 @@ class DepthPlanner:
         return self._calls_left <= 0 or change > LOAD_CHANGE * self._planned_tokens
 
     def plan(
-        self, odds: FloatArray, base_emitted: float, base_tokens: int, num_drafted: int
+        self, odds: FloatArray, base_emitted: float, step: StepDrafts, num_drafted: int
     ) -> None:
         """Choose the depth for sequences with these odds in a step that else emits base_emitted.
 
-        Such a step has base_tokens tokens and num_drafted ones that others drafted.
+        It has num_drafted tokens that others drafted.
         """
         num_sequences = len(odds)
         self._calls_left = PLAN_EVERY
-        self._planned_tokens = base_tokens
-        times_s = self._step.times_s()
+        self._planned_tokens = step.base_tokens
         self.rates = rates_by_depth(
             self._profile_survivals(float(odds.mean())),
             num_sequences,
             base_emitted,
-            base_tokens + num_drafted,
-            times_s,
-            self.cost.times_s(num_sequences, times_s),
+            num_drafted,
+            step.times_s,
+            self.cost.times_s(num_sequences),
         )
         depth = keep_or_change(self.rates, self.depth, MARGIN)
         self.num_changes += depth != self.depth

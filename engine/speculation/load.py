@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import fulcrum_core
+from msgspec.structs import replace
 
 from engine.checkpoint.tensor import StoredTensor
 from engine.config import ConfigError, EngineConfig
 from engine.context_plan import ContextPlan
 from engine.models.mtp import (
-    HeadConfig,
     MtpHead,
     find_head,
     load_module,
@@ -18,12 +18,15 @@ from engine.models.mtp import (
     read_head,
     target_digest,
 )
+from engine.models.mtp_layouts import find_module
 from engine.models.spec import ModelSpec
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.setup import HIDDEN_WINDOW, Speculation, hidden_states_bytes
 
 HEADS = Path(__file__).parent / "heads"
-_NAMES = ("ngram", "mtp")
+_NAMES = ("ngram", "mtp", "draft")
 _NO_HEAD = "no multi-token-prediction head was trained for this model"
+_NO_DRAFT_MODEL = "no smaller model was given as --draft-model"
 
 
 def load_speculation(
@@ -32,30 +35,34 @@ def load_speculation(
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
     num_kv_blocks: int,
+    draft: DraftModel | None,
 ) -> Speculation:
-    """Load what `config.speculation` asks for; in auto, what there is.
+    """Load what `config.speculation` asks for, in auto what there is; `draft` is loaded already.
 
     Raises ConfigError where a drafter was asked for by name and cannot be had.
     """
     mode = config.speculation
     unavailable = {name: f"--speculation {mode}" for name in _NAMES if mode not in ("auto", name)}
-    found = choose_head(config, spec, tensors)
-    if found is None:
-        if mode == "auto":
-            unavailable["mtp"] = _NO_HEAD
-        return Speculation(mode=mode, unavailable=unavailable)
-    head_config, head = found
-    return Speculation(
-        mode=mode,
+    head = choose_head(config, spec, tensors)
+    if mode == "auto" and head is None:
+        unavailable["mtp"] = _NO_HEAD
+    if mode == "auto" and draft is None:
+        unavailable["draft"] = _NO_DRAFT_MODEL
+    speculation = Speculation(
+        mode=mode, draft=draft, num_kv_blocks=num_kv_blocks, unavailable=unavailable
+    )
+    if head is None:
+        return speculation
+    return replace(
+        speculation,
         hidden_size=spec.hidden_size,
         mtp=load_module(target, spec, tensors, head, num_kv_blocks),
-        mtp_acceptance=head_config.acceptance_by_position,
-        num_kv_blocks=num_kv_blocks,
-        unavailable=unavailable,
+        mtp_acceptance=head.acceptance_by_position,
+        mtp_chains_normed=head.chains_normed,
     )
 
 
-def planned_draft_bytes(
+def planned_module_bytes(
     config: EngineConfig,
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
@@ -63,37 +70,39 @@ def planned_draft_bytes(
     isa: str,
     num_threads: int,
 ) -> int:
-    """What the drafters will allocate, from headers alone; see `Speculation.memory_bytes`."""
-    found = choose_head(config, spec, tensors)
-    if found is None:
+    """What a module will allocate, from headers alone; see `Speculation.memory_bytes`."""
+    head = choose_head(config, spec, tensors)
+    if head is None:
         return 0
-    shape = module_config(spec)
+    shape = module_config(spec, head)
     max_tokens = max(config.max_step_tokens, HIDDEN_WINDOW)
     max_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
     return (
-        module_weights_bytes(found[1], spec, isa)
+        module_weights_bytes(head, spec, isa)
         + context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype)
         + fulcrum_core.activation_bytes(shape, isa, num_threads, max_tokens, max_blocks)
-        + hidden_states_bytes(config.max_sequences, spec.hidden_size)
+        + hidden_states_bytes(config.max_sequences, spec.hidden_size, head.chains_normed)
     )
 
 
 def choose_head(
     config: EngineConfig, spec: ModelSpec, tensors: Mapping[str, StoredTensor]
-) -> tuple[HeadConfig, MtpHead] | None:
+) -> MtpHead | None:
     """The head that `config` asks for, or that there is; None where none may draft.
 
-    Raises ConfigError where one was asked for and cannot be had.
+    Raises ConfigError where one was asked for, or is announced by the checkpoint, and cannot be
+    had. Where no head may draft, nothing of one is read.
     """
     if config.speculation not in ("auto", "mtp"):
         return None
     if config.mtp_head is None:
-        found = find_head(HEADS, spec, tensors)
+        # A head that was made for this model stands in for a module that the files lack.
+        found = find_head(HEADS, spec, tensors) or find_module(spec, tensors)
     else:
-        found = read_head(Path(config.mtp_head))
-        if found[0].target_digest != target_digest(spec, tensors):
+        head_config, found = read_head(Path(config.mtp_head))
+        if head_config.target_digest != target_digest(spec, tensors):
             raise ConfigError(
-                f"--mtp-head {config.mtp_head}: was trained for {found[0].target}, not for "
+                f"--mtp-head {config.mtp_head}: was trained for {head_config.target}, not for "
                 f"{config.model}"
             )
     if found is None and config.speculation == "mtp":

@@ -73,7 +73,7 @@ class ModelDrafters:
         current = self._choose_current()
         for index in wanted_of[current]:
             _add(asks[current], step, index, self.planners[current].depth)
-        used_s = self._probe(step, asks, auto, probe_credit_s)
+        used_s = self._probe(step, asks, probe_credit_s)
         return [ask for ask in asks.values() if ask.indices], used_s
 
     def _where_better(
@@ -84,7 +84,7 @@ class ModelDrafters:
             return auto
         planner = self.planners[name]
         gains = planner.mean_gains(token_price)
-        draft_times_s = planner.cost.times_s(len(auto), step.times_s)[1:]
+        draft_times_s = planner.cost.times_s(len(auto))[1:]
         odds = self._acceptance[name].odds([step.seq_ids[index] for index in auto])
         values = (np.outer(odds, gains) - draft_times_s * (rate / len(auto))).max(axis=1)
         free_values = np.maximum(step.survivals[auto] - token_price, 0.0).sum(axis=1)
@@ -101,7 +101,7 @@ class ModelDrafters:
         paying = others[others > token_price]
         emitted = len(step.candidates) + float(paying.sum())
         odds = self._acceptance[planner.name].odds([step.seq_ids[index] for index in asked])
-        planner.plan(odds, emitted, step.base_tokens, len(paying))
+        planner.plan(odds, emitted, step, len(paying))
 
     def _choose_current(self) -> str:
         """The drafter whose planned rate is highest, the one in use unless clearly beaten."""
@@ -112,9 +112,7 @@ class ModelDrafters:
             self.current = best
         return self.current
 
-    def _probe(
-        self, step: StepDrafts, asks: dict[str, Ask], auto: list[int], credit_s: float
-    ) -> float:
+    def _probe(self, step: StepDrafts, asks: dict[str, Ask], credit_s: float) -> float:
         """Have some sequences drafted for at full depth where that is not done anyway.
 
         Mostly it is enough to see whether the next token would have been right. Every so often
@@ -125,13 +123,17 @@ class ModelDrafters:
             for name, planner in self.planners.items()
             if name != self.current or planner.depth < planner.max_drafts
         ]
-        if not auto or not idle:
+        if not idle:
             return 0.0
         name = idle[self._num_probes % len(idle)]
         planner = self.planners[name]
-        count = min(PROBE_SEQUENCES, len(auto))
+        asking = step.with_drafter("auto") + step.with_drafter(name)
+        if not asking:
+            self._num_probes += 1
+            return 0.0
+        count = min(PROBE_SEQUENCES, len(asking))
         is_verified = self._num_probes % VERIFY_EVERY == VERIFY_EVERY - 1
-        cost_s = float(planner.cost.times_s(count, step.times_s)[-1])
+        cost_s = float(planner.cost.times_s(count)[-1])
         if is_verified:
             cost_s += step.seconds(count * planner.max_drafts) - step.seconds(0)
         if cost_s > credit_s:
@@ -139,7 +141,7 @@ class ModelDrafters:
         first = self._num_probes * PROBE_SEQUENCES
         self._num_probes += 1
         for offset in range(count):
-            index = auto[(first + offset) % len(auto)]
+            index = asking[(first + offset) % len(asking)]
             for ask in asks.values():
                 if index in ask.indices:
                     position = ask.indices.index(index)

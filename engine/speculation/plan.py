@@ -1,8 +1,8 @@
 """The decisions of speculation as pure functions: what to verify, and how deep to draft.
 
 Both maximise expected emitted tokens per second. `times_s` is the time of a step by its number of
-tokens; a survival is the probability that a drafted token and all before it are accepted, which
-is also what it adds to the tokens that a step is expected to emit.
+drafted tokens; a survival is the probability that a drafted token and all before it are accepted,
+which is also what it adds to the tokens that a step is expected to emit.
 """
 
 from dataclasses import dataclass
@@ -30,31 +30,31 @@ class Choice:
 def choose_counts(
     survivals: FloatArray,  # (drafts, K), 0 where a draft is shorter
     base_emitted: float,
-    base_tokens: int,
     times_s: FloatArray,
+    *,
+    num_forced: int = 0,
     sunk_s: float = 0.0,
 ) -> Choice:
     """Choose the drafted tokens whose verification pays, most likely ones first.
 
-    Without drafts the step has base_tokens tokens and emits base_emitted. Every number is looked
-    at, since costs have plateaus. sunk_s was spent on drafting: it makes the step as a whole
-    longer, so that one more token costs relatively less.
+    Without these the step emits base_emitted and has num_forced drafted tokens. Every number is
+    looked at, since costs have plateaus. sunk_s was spent on drafting: it makes the step as a
+    whole longer, so that one more token costs relatively less.
     """
     num_drafts, width = survivals.shape
+    num_forced = min(num_forced, len(times_s) - 1)
     if width == 0:
-        rate = base_emitted / float(times_s[min(base_tokens, len(times_s) - 1)])
+        rate = base_emitted / float(times_s[num_forced])
         return Choice([0] * num_drafts, 0, base_emitted, rate, rate)
     flat = survivals.ravel()
     # Stable: of equal survivals the earlier position comes first, and a draft's never rise.
     order = np.argsort(-flat, kind="stable")
-    room = len(times_s) - 1 - base_tokens
-    num_usable = max(0, min(int(np.count_nonzero(flat)), room))
+    num_usable = min(int(np.count_nonzero(flat)), len(times_s) - 1 - num_forced)
     emitted = np.empty(num_usable + 1)
     emitted[0] = base_emitted
     np.cumsum(flat[order[:num_usable]], out=emitted[1:])
     emitted[1:] += base_emitted
-    base_tokens = min(base_tokens, len(times_s) - 1)
-    rates = emitted / (times_s[base_tokens : base_tokens + num_usable + 1] + sunk_s)
+    rates = emitted / (times_s[num_forced : num_forced + num_usable + 1] + sunk_s)
     best = int(rates.argmax())
     if rates[best] <= (1.0 + MIN_GAIN) * rates[0]:
         best = 0
@@ -64,7 +64,7 @@ def choose_counts(
         best,
         float(emitted[best]),
         float(rates[best]),
-        base_emitted / float(times_s[base_tokens]),
+        base_emitted / float(times_s[num_forced]),
     )
 
 
@@ -72,7 +72,7 @@ def rates_by_depth(
     profiles: FloatArray,  # (P, K): survivals of recent drafts of full depth
     num_sequences: int,
     base_emitted: float,
-    base_tokens: int,
+    num_other_drafted: int,
     times_s: FloatArray,
     draft_times_s: FloatArray,  # (K + 1,) for num_sequences
 ) -> FloatArray:
@@ -89,16 +89,16 @@ def rates_by_depth(
     num_groups = num_profiles // num_sequences
     groups = profiles[: num_groups * num_sequences].reshape(num_groups, num_sequences, max_depth)
     rates = np.empty(max_depth + 1)
-    base_tokens = min(base_tokens, len(times_s) - 1)
-    rates[0] = base_emitted / times_s[base_tokens]
-    room = len(times_s) - 1 - base_tokens
+    first = min(num_other_drafted, len(times_s) - 1)
+    rates[0] = base_emitted / times_s[first]
+    room = len(times_s) - 1 - first
     for depth in range(1, max_depth + 1):
         num_usable = min(num_sequences * depth, room)
         drafted = groups[:, :, :depth].reshape(num_groups, -1)
         emitted = np.full((num_groups, num_usable + 1), base_emitted)
         best_first = -np.sort(-drafted, axis=1)[:, :num_usable]
         emitted[:, 1:] += np.cumsum(best_first, axis=1)
-        seconds = times_s[base_tokens : base_tokens + num_usable + 1] + draft_times_s[depth]
+        seconds = times_s[first : first + num_usable + 1] + draft_times_s[depth]
         best = (emitted / seconds).argmax(axis=1)
         rates[depth] = emitted[np.arange(num_groups), best].sum() / seconds[best].sum()
     return rates

@@ -59,6 +59,9 @@ class SpeculationPolicy:
         self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._num_calls = 0
+        # Of the coming step: seconds of a token without drafts, of drafting, and tokens emitted.
+        self._plain_s = self._draft_s = 0.0
+        self._num_emitted = 0
         self._num_resting = 0  # steps in a row in which nothing paid
         self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
 
@@ -68,7 +71,14 @@ class SpeculationPolicy:
         `candidates` are all sequences that decode in it; num_other_tokens counts its other
         tokens, those of prompts. Before the cost of a step is known nothing is drafted.
         """
+        began_s = self._clock()
+        drafts = self._draft(candidates, num_other_tokens)
+        self._draft_s = self._clock() - began_s
+        return drafts
+
+    def _draft(self, candidates: list[Candidate], num_other_tokens: int) -> list[Draft]:
         self._num_calls += 1
+        self._num_emitted = 0
         self._pending.clear()
         self._verified.clear()
         if self._num_calls % FORGET_EVERY == 0:
@@ -77,6 +87,7 @@ class SpeculationPolicy:
                 acceptance.keep_only(seq_ids)
         times_s = self.costs.step.times_s()
         step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
+        self._plain_s = step.seconds(0) / max(1, len(candidates))
         if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
             return step.drafts
         for drafter in tuple(self._free):
@@ -106,10 +117,12 @@ class SpeculationPolicy:
                 num_accepted = min(num_matched, num_verified)
                 self.tally.count_draft(draft.drafter, num_verified, num_accepted)
         self.tally.count_sequence(num_verified, len(emitted_ids))
+        self._num_emitted += len(emitted_ids)
         return num_accepted
 
     def observe_step(self, num_step_tokens: int, step_s: float) -> None:
         """Learn from the time of a step, that of `draft` not included."""
+        self.tally.count_time(self._num_emitted * self._plain_s, step_s + self._draft_s)
         self.costs.step.observe(num_step_tokens, step_s)
         credit_s = self._probe_credit_s + PROBE_TIME_SHARE * step_s
         self._probe_credit_s = min(credit_s, MAX_PROBE_CREDIT_S)
@@ -129,10 +142,10 @@ class SpeculationPolicy:
         draft_s = self._clock() - began_s
         step.sunk_s += draft_s
         planner = self.models.planners.get(ask.name)
+        if not any(draft.token_ids for draft in drafts):
+            return  # it may have caught up with a prompt, which is not what a draft costs
         if planner is not None:
             planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
-        if not any(draft.token_ids for draft in drafts):
-            return
         seq_ids = [step.seq_ids[index] for index in ask.indices]
         rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
         survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
@@ -154,15 +167,17 @@ class SpeculationPolicy:
 
     def _choose(self, step: StepDrafts) -> list[Draft]:
         """Cut the step's drafts to what pays."""
-        emitted, num_tokens = float(len(step.candidates)), step.base_tokens
+        emitted, num_forced = float(len(step.candidates)), 0
         survivals = step.survivals if step.has_drafts else step.survivals[:, :0]
         if step.forced:
             forced = list(step.forced)
             emitted += float(survivals[forced].sum())
-            num_tokens += sum(step.forced.values())
+            num_forced = sum(step.forced.values())
             survivals = survivals.copy()
             survivals[forced] = 0.0
-        choice = choose_counts(survivals, emitted, num_tokens, step.times_s, step.sunk_s)
+        choice = choose_counts(
+            survivals, emitted, step.times_s, num_forced=num_forced, sunk_s=step.sunk_s
+        )
         counts = choice.counts
         for index, count in step.forced.items():
             counts[index] = count

@@ -4,8 +4,9 @@ The loader makes a `Speculation`; the engine asks it for what its steps need.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Row
+from functools import partial
 
 import fulcrum_core
 import msgspec
@@ -16,21 +17,25 @@ from engine.config import SpeculationMode
 from engine.lanes import Float32Array
 from engine.speculation.chain import ChainDrafter
 from engine.speculation.costs import Costs
+from engine.speculation.draft_model import DraftModel
 from engine.speculation.drafter import Drafter
 from engine.speculation.ngram import NgramDrafter
 from engine.speculation.policy import SpeculationPolicy
 
 NGRAM_DRAFTS = 8  # K at most, of each
 MTP_DRAFTS = 4
+MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-CALIBRATION_S = 1.0  # at most, before anybody is served
-SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
+_CALIBRATION_S = 0.8  # at most, for steps,
+_DRAFT_CALIBRATION_S = 0.2  # and for drafts
+# At most for steps, while others wait: about what a chunk of a prompt takes.
+_SERVING_CALIBRATION_S = 0.15
 # The most telling first. Beyond the largest, and so where prompts share the step, a row would look
 # free: it has to reach what such a step holds.
 _CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
-MOST_CALIBRATED_TOKENS = max(_CALIBRATED_TOKENS)
+_CALIBRATED_SEQUENCES = (1, 4, 16, 64)
 _CALIBRATION_ROUNDS = 3
 
 
@@ -41,22 +46,31 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int = 0
     mtp: fulcrum_core.Model | None = None
     mtp_acceptance: tuple[float, ...] = ()  # by position, as measured when it was trained
+    mtp_chains_normed: bool = False
+    draft: DraftModel | None = None
     num_kv_blocks: int = 0
     unavailable: Mapping[str, str] = {}
 
     @property
     def drafters(self) -> tuple[str, ...]:
         """Names of the drafters that there are."""
-        names = ["ngram"] if self.mode in ("auto", "ngram") else []
-        return (*names, "mtp") if self.mtp is not None else tuple(names)
+        has = {
+            "ngram": self.mode in ("auto", "ngram"),
+            "mtp": self.mtp is not None,
+            "draft": self.draft is not None,
+        }
+        return tuple(name for name, is_there in has.items() if is_there)
 
     def memory_bytes(self, num_lanes: int) -> int:
         """What the drafters have allocated, the hidden states kept for them included."""
-        if self.mtp is None:
-            return 0
-        kv_bytes = self.num_kv_blocks * self.mtp.kv_bytes_per_block
-        hidden_bytes = hidden_states_bytes(num_lanes, self.hidden_size)
-        return self.mtp.weights_bytes + kv_bytes + self.mtp.activation_bytes + hidden_bytes
+        num_bytes = 0
+        if self.mtp is not None:
+            num_bytes += hidden_states_bytes(num_lanes, self.hidden_size, self.mtp_chains_normed)
+        for model in (self.mtp, None if self.draft is None else self.draft.core):
+            if model is not None:
+                num_bytes += model.weights_bytes + model.activation_bytes
+                num_bytes += self.num_kv_blocks * model.kv_bytes_per_block
+        return num_bytes
 
     def hidden_states(self, num_lanes: int) -> Float32Array | None:
         """Memory for the states that the batch keeps, (num_lanes * W, D); None: nobody reads."""
@@ -84,6 +98,18 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
                     hidden=hidden,
                 )
             )
+        if self.draft is not None:
+            drafters.append(
+                ChainDrafter(
+                    "draft",
+                    self.draft.core,
+                    lanes,
+                    max_drafts=MODEL_DRAFTS,
+                    max_step_tokens=max_step_tokens,
+                    position_priors=(),
+                    num_ids=self.draft.num_shared_ids,
+                )
+            )
         costs = Costs(max_step_tokens, len(lanes.tokens))
         return SpeculationPolicy(drafters, costs, unavailable=self.unavailable)
 
@@ -91,28 +117,58 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True):
 OFF = Speculation()
 
 
-def hidden_states_bytes(num_lanes: int, hidden_size: int) -> int:
-    """Bytes of `Speculation.hidden_states`."""
-    return num_lanes * HIDDEN_WINDOW * hidden_size * 4
+def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -> int:
+    """Bytes of `Speculation.hidden_states`, and of the states that a chain goes on from."""
+    return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
 
 
 def calibrate(
-    batch: Batch, costs: Costs, most_tokens: int, blocks: Row[int], time_s: float
+    batch: Batch,
+    policy: SpeculationPolicy,
+    blocks: Row[int],
+    *,
+    max_step_tokens: int,
+    num_kv_blocks: int,
+    is_serving: bool,
 ) -> None:
-    """Time steps of several sizes between two steps, and seed the cost of a step.
+    """Time steps and drafts of several sizes between two steps, and seed their costs.
 
-    `blocks` of the cache are written to and hold `most_tokens`; it takes about `time_s` at most.
+    Nobody holds `blocks`, which are written to and hold max_step_tokens. While serving the drafts
+    are not timed, since that needs lanes of its own.
     """
-    ends_at_s = time.monotonic() + time_s
+    ends_at_s = time.monotonic() + (_SERVING_CALIBRATION_S if is_serving else _CALIBRATION_S)
+    # A made-up text is no longer than what a lane holds.
+    most = min(max_step_tokens, batch.lanes.tokens.shape[1])
+    sizes = [size for size in _CALIBRATED_TOKENS if size <= most]
+    probe_step = partial(batch.time_probe, block_ids=blocks)
+    for size, step_s in _best_times_s(probe_step, sizes, ends_at_s).items():
+        policy.costs.step.seed(size, step_s)
+    if is_serving:
+        return
+    max_sequences = min(len(batch.lanes.tokens), num_kv_blocks)
+    counts = [count for count in _CALIBRATED_SEQUENCES if count <= max_sequences]
+    ends_at_s = time.monotonic() + _DRAFT_CALIBRATION_S
+    for drafter in policy.drafters.values():
+        if not isinstance(drafter, ChainDrafter):
+            continue
+        cost = policy.costs.drafter(drafter.name, drafter.max_drafts)
+        for num_drafts in range(1, drafter.max_drafts + 1):
+            probe = partial(drafter.time_probe, num_drafts=num_drafts)
+            for count, draft_s in _best_times_s(probe, counts, ends_at_s).items():
+                cost.curve(num_drafts).seed(count, draft_s)
+
+
+def _best_times_s(
+    probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
+) -> dict[int, float]:
+    """The least time of each size over a few rounds; what would not end in time is left out."""
     best_s: dict[int, float] = {}
     for _ in range(_CALIBRATION_ROUNDS):
-        for num_tokens in _CALIBRATED_TOKENS:
-            # A step of twice the tokens takes twice the time at most.
-            less = [n for n in best_s if n <= num_tokens]
-            most_s = best_s[max(less)] * num_tokens / max(less) if less else 0.0
-            if num_tokens > most_tokens or time.monotonic() + most_s > ends_at_s:
-                continue
-            step_s = batch.time_probe(num_tokens, blocks)
-            best_s[num_tokens] = min(step_s, best_s.get(num_tokens, step_s))
-    for num_tokens, step_s in best_s.items():
-        costs.step.seed(num_tokens, step_s)
+        for size in sizes:
+            # Twice the size takes twice the time at most.
+            smaller = [known for known in best_s if known <= size]
+            most_s = best_s[max(smaller)] * size / max(smaller) if smaller else 0.0
+            if time.monotonic() + most_s < ends_at_s:
+                seconds = probe(size)
+                best_s[size] = min(seconds, best_s.get(size, seconds))
+    return best_s

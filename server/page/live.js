@@ -134,7 +134,9 @@ export class Live {
   }
 
   showTelemetry(report) {
-    const sample = report.samples?.gpu ?? report.samples?.host;
+    // What computes; where telemetry is off, whatever is sensed.
+    const samples = report.samples ?? {};
+    const sample = samples[report.source] ?? samples.gpu ?? samples.host;
     if (!sample) return;
     const { memory_used_bytes: used, memory_total_bytes: total } = sample;
     if (used && total) this.tiles.get("memory").push((100 * used) / total, `${bytes(used)} of ${bytes(total)}`);

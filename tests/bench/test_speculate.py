@@ -134,6 +134,19 @@ def test_modes_take_turns_and_each_goes_first(
     assert all(body["fulcrum"]["usage"] for body in server.bodies)
 
 
+def test_several_streams_ask_every_prompt_in_every_mode(
+    server: FakeServer, prompts: Path, tmp_path: Path
+) -> None:
+    code, document = measure(server, prompts, tmp_path, "--modes", "auto", "--streams", "2")
+    assert code == 0
+    assert server.most_in_flight == 2
+    asked = [
+        (body["fulcrum"]["speculation"], body["messages"][0]["content"]) for body in server.bodies
+    ]
+    assert sorted(asked) == [(mode, f"prompt {i}") for mode in ("auto", "off") for i in range(5)]
+    assert document["modes"][1]["groups"]["all"]["num_prompts"] == 5
+
+
 def test_a_text_that_differs_is_named_and_is_exit_code_1(
     server: FakeServer, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,11 +36,17 @@ class Bench:
         self.submitted: dict[int, Submit] = {}
         self.events: dict[int, list[TokenEvent]] = {}
 
-    def submit(self, prompt_ids: Iterable[int], **params: Any) -> int:
+    def submit(
+        self,
+        prompt_ids: Iterable[int],
+        *,
+        arrived_at_s: float = 0.0,
+        priority: int = 0,
+        **params: Any,
+    ) -> int:
         seq_id = len(self.submitted)
-        message = Submit(
-            seq_id, tuple(prompt_ids), SamplingParams(**{"max_tokens": 6, **params}), 0.0
-        )
+        sampling = SamplingParams(**{"max_tokens": 6, **params})
+        message = Submit(seq_id, tuple(prompt_ids), sampling, arrived_at_s, priority)
         self.submitted[seq_id] = message
         self.events[seq_id] = []
         self.scheduler.add(Sequence(message, EOS, seq_id))
@@ -111,6 +117,7 @@ prompts = st.builds(
 sampling_params = st.fixed_dictionaries(
     {"max_tokens": st.integers(1, 20), "seed": st.integers(0, 2**64 - 1)},
     optional={
+        "priority": st.integers(-2, 2),
         "min_tokens": st.integers(0, 8),
         "temperature": st.sampled_from([0.0, 0.5, 1.5]),
         "top_k": st.integers(0, 5),

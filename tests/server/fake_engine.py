@@ -24,6 +24,7 @@ from engine.speculation.report import SpeculationReport, report
 from engine.tokenizer.errors import ChatTemplateError
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent, TokenLogprobs
 from server.app import create_app
+from server.connection import Site
 from server.control import Optimizer
 from server.http import CLIENT, Settings
 from server.run import bind
@@ -209,7 +210,8 @@ class FakeEngine:
             load = EngineLoad(
                 num_running=len(self._running), num_waiting=len(self._waiting), num_total_blocks=8
             )
-            self._on_report(StepReport(tuple(events), load, 0.001, max(1, len(events))))
+            step_s = max(0.001, self.step_s)
+            self._on_report(StepReport(tuple(events), load, step_s, max(1, len(events))))
             if stopping:
                 return
             if self.step_s:
@@ -327,7 +329,7 @@ async def serve(
     runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
     (bound,) = bind("127.0.0.1", 0)
-    await web.SockSite(runner, bound).start()
+    await Site(runner, bound).start()
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     try:
         async with aiohttp.ClientSession() as http:

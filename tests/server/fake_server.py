@@ -1,6 +1,7 @@
-"""`python -m tests.server.fake_server GRACE_S LOG_FORMAT`: the fake server as a process."""
+"""`python -m tests.server.fake_server GRACE_S LOG_FORMAT [TELEMETRY]`: a fake server's process."""
 
 import sys
+from typing import Any
 
 from server.app import create_app
 from server.http import Settings
@@ -9,10 +10,10 @@ from server.run import bind, run
 from tests.server.fake_engine import FakeEngine, toy_model
 
 
-def main() -> int:
-    grace_s, log_format = sys.argv[1:]
-    listener = start_logging(log_format)  # type: ignore[arg-type]
-    app = create_app(toy_model(), Settings(grace_s=float(grace_s)), FakeEngine(step_s=0.01).attach)
+def main(grace_s: str, log_format: Any, telemetry: Any = "auto") -> int:
+    listener = start_logging(log_format)
+    settings = Settings(grace_s=float(grace_s), telemetry=telemetry)
+    app = create_app(toy_model(), settings, FakeEngine(step_s=0.01).attach)
     try:
         return run(app, bind("127.0.0.1", 0), lambda address: print(address, flush=True))
     finally:
@@ -20,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from server.connection import CONNECTIONS
 from server.http import CLIENT
-from server.sse import OPEN_WRITERS
 from tests.server.fake_engine import (
     EOS,
     MODEL,
@@ -72,18 +72,32 @@ def test_a_slow_reader_holds_up_nobody_and_is_cut_in_the_end() -> None:
                 for _ in range(3)
             ]
             await wait_for(lambda: len(engine.submits) == 3)
-            writers = served.app[OPEN_WRITERS]
-            await wait_for(lambda: sum(w.blocked_since_s is not None for w in writers) == 3)
+            connections = served.app[CONNECTIONS]
+            await wait_for(lambda: sum(one.writing_paused for one in connections) == 3)
             for _ in range(20):
                 began_s = time.monotonic()
                 status, _ = await served.post(TEXT, ENDLESS)
                 assert status == 200
                 assert time.monotonic() - began_s < 0.3
             await served.wait_idle(timeout_s=3.0)
-            assert len(served.app[OPEN_WRITERS]) == 0
+            await wait_for(lambda: not any(one.writing_paused for one in connections))
             assert len(engine.aborted) == 3
             for client in slow:
                 client.close()
+
+    run(main())
+
+
+def test_a_reader_of_a_whole_answer_that_stalls_is_cut_too() -> None:
+    async def main() -> None:
+        big = WORD_IDS["x" * 20_000]
+        engine = FakeEngine(lambda s: chain(repeat(big, 1000), repeat(EOS)))
+        async with serve(engine, stalled_reader_s=0.5) as served:
+            client = await open_socket(served, ENDLESS, 4096)
+            connections = served.app[CONNECTIONS]
+            await wait_for(lambda: any(one.writing_paused for one in connections))
+            await wait_for(lambda: not connections)
+            client.close()
 
     run(main())
 

@@ -1,10 +1,12 @@
 """The control plane over HTTP: who may ask, what is refused, and what the answers hold."""
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from engine.config import EngineConfig
@@ -12,6 +14,7 @@ from engine.deployment import Deployment, deploy
 from engine.planning import preview
 from engine.planning.calibration import Calibration, Timing
 from server.control import OPTIMIZER, Optimizer
+from server.http import CLIENT, MODEL
 from tests.server.fake_engine import FakeEngine, Served, run, serve
 
 KEY = "secret-key"
@@ -205,12 +208,49 @@ def test_the_page_is_for_everybody_and_shut_to_everything_else() -> None:
     run(scenario())
 
 
+def test_admission_follows_an_apply(optimizer: Optimizer, deployment: Deployment) -> None:
+    loaded = deployment.loaded
+    # As it is announced while two cores do not fit at once.
+    parked = msgspec.structs.replace(
+        loaded, core=None, fingerprint="fp_other", num_kv_blocks=loaded.num_kv_blocks // 2
+    )
+    config = msgspec.structs.replace(deployment.config, max_sequences=3)
+    changed = msgspec.structs.replace(deployment, loaded=parked, config=config)
+
+    async def scenario() -> None:
+        async with serve(FakeEngine(step_s=0.001), optimizer=optimizer) as served:
+            gate, applier = served.app[CLIENT].gate, optimizer.applier()
+            await asyncio.to_thread(applier.announce, deployment, 100)
+            costs = gate.costs
+            for _ in range(50):
+                costs.observe_step(8, 0.5)
+            await asyncio.to_thread(applier.announce, deployment, 90)
+            costs.observe_step(8, 0.1)
+            assert costs.costs.step_s(8) == pytest.approx(0.5, rel=0.1)
+            assert gate.limits.max_sequences == deployment.config.max_sequences
+            await asyncio.to_thread(applier.announce, changed, 100)
+            assert costs.costs.step_s(8) == pytest.approx(0.5, rel=0.1)
+            costs.observe_step(8, 0.1)
+            assert costs.costs.step_s(8) == pytest.approx(0.1)
+            assert gate.limits.max_sequences == 3
+            assert gate.limits.num_blocks == served.app[MODEL].num_kv_blocks
+            assert gate.limits.num_blocks == parked.num_kv_blocks
+
+    run(scenario())
+
+
 def test_the_description_names_every_route(optimizer: Optimizer) -> None:
     async def scenario() -> None:
         async with serve(optimizer=optimizer) as served:
             _, document = await _status(served, "/openapi.json")
             paths = document["paths"]
             assert {"/v1/chat/completions", APPLY, PREVIEW, "/health"} <= set(paths)
+            for path in ("/v1/telemetry", "/v1/speculation", "/health"):
+                answer = paths[path]["get"]["responses"]["200"]["content"]["application/json"]
+                name = answer["schema"]["$ref"].rpartition("/")[2]
+                status, got = await _status(served, path)
+                assert status == 200
+                assert set(got) == set(document["components"]["schemas"][name]["properties"])
             body = paths[APPLY]["post"]["requestBody"]["content"]["application/json"]["schema"]
             name = body["$ref"].rpartition("/")[2]
             assert "auto_rollback" in document["components"]["schemas"][name]["properties"]

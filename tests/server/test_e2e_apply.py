@@ -66,7 +66,14 @@ def test_streams_are_complete_through_two_applies(
     has_begun.wait(WAIT_S)
     fingerprint = httpx.get(f"{server.url}/version").json()["system_fingerprint"]
     first = _apply(server, quantization="int8")
-    second = _apply(server, quantization="int4", kv_dtype="int8", max_model_len=2048)
+    second = _apply(
+        server,
+        quantization="int4",
+        kv_dtype="int8",
+        kv_memory="128MiB",
+        max_model_len=2048,
+        max_sequences=16,
+    )
     for thread in threads:
         thread.join(WAIT_S)
     assert counts == dict.fromkeys(range(NUM_STREAMS), (NUM_TOKENS, "length"))
@@ -78,6 +85,8 @@ def test_streams_are_complete_through_two_applies(
     card = httpx.get(f"{server.url}/v1/models").json()["data"][0]
     assert card["max_model_len"] == 2048
     metrics = server.wait_idle()
+    limits = httpx.get(f"{server.url}/v1/telemetry").json()["limits"]
+    assert (limits["max_sequences"], limits["kv_blocks"]) == (16, metrics["fulcrum_kv_blocks"])
     overview = httpx.get(f"{server.url}/v1/optimizations", timeout=WAIT_S).json()
     assert overview["today"]["setting"]["kv_dtype"] == "int8"
     memory = overview["today"]["memory"]

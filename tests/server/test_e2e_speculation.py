@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 from openai import BadRequestError
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server_process import ServerProcess
 
@@ -19,7 +20,7 @@ NUM_TOKENS = 48
 @pytest.fixture(scope="module")
 def drafting(tmp_path_factory: pytest.TempPathFactory, default_model_path: Path) -> Iterator[Any]:
     log_path = tmp_path_factory.mktemp("speculation") / "server.log"
-    process = ServerProcess(["--model", MODEL, "--speculation", "auto"], log_path)
+    process = ServerProcess(["--model", MODEL], log_path)
     try:
         process.wait_ready()
         yield process
@@ -65,8 +66,9 @@ def test_speculation_is_explained(drafting: ServerProcess) -> None:
     _complete(drafting, "ngram")
     report = httpx.get(f"{drafting.url}/v1/speculation", timeout=10).json()
     drafters = {entry["name"]: entry for entry in report["drafters"]}
-    assert set(drafters) == {"ngram", "mtp"}
-    assert all(entry["qualifies"] for entry in drafters.values())
+    qualifies = {name: entry["qualifies"] for name, entry in drafters.items()}
+    assert qualifies == {"ngram": True, "mtp": True, "draft": False}
+    assert "--draft-model" in drafters["draft"]["status"]
     assert drafters["ngram"]["num_accepted_tokens"] > 0
     assert report["step_s"]
     assert "speculation auto: ngram, mtp" in drafting.log
@@ -80,11 +82,39 @@ def test_qualification_and_memory_tell_of_the_drafters(drafting: ServerProcess) 
     assert overview["today"]["memory"]["draft"] > 10e6
 
 
-def test_a_drafter_that_is_not_there_is_a_400(server: ServerProcess) -> None:
-    with pytest.raises(BadRequestError, match="'mtp' does not draft on this server") as caught:
-        _complete(server, "mtp")
+def test_a_drafter_that_is_not_there_is_a_400(tmp_path: Path) -> None:
+    server = ServerProcess(["--model", MODEL, "--speculation", "ngram"], tmp_path / "log")
+    try:
+        server.wait_ready()
+        with pytest.raises(BadRequestError, match="'mtp' does not draft on this server") as caught:
+            _complete(server, "mtp")
+        report = httpx.get(f"{server.url}/v1/speculation", timeout=10).json()
+    finally:
+        server.kill()
     assert caught.value.code == "unavailable_drafter"
     assert caught.value.param == "fulcrum.speculation"
-    report = httpx.get(f"{server.url}/v1/speculation", timeout=10).json()
-    assert [entry["qualifies"] for entry in report["drafters"]] == [False, False]
-    assert {entry["status"] for entry in report["drafters"]} == {"--speculation off"}
+    qualifies = {entry["name"]: entry["qualifies"] for entry in report["drafters"]}
+    assert qualifies == {"ngram": True, "mtp": False, "draft": False}
+    (mtp,) = (entry for entry in report["drafters"] if entry["name"] == "mtp")
+    assert mtp["status"] == "--speculation ngram"
+
+
+def test_metrics_count_what_was_drafted_and_accepted(drafting: ServerProcess) -> None:
+    usage = _complete(drafting, "ngram", max_tokens=48).usage.model_extra["fulcrum"]
+    assert usage["accepted_tokens"] > 0
+    families = text_string_to_metric_families(httpx.get(f"{drafting.url}/metrics").text)
+    metrics = {family.name: family for family in families}
+
+    def total(name: str, drafter: str) -> float:
+        samples = metrics[f"fulcrum_speculation_{name}"].samples
+        return sum(one.value for one in samples if one.labels.get("drafter") == drafter)
+
+    assert total("drafts", "ngram") > 0
+    assert total("drafted_tokens", "ngram") >= total("accepted_tokens", "ngram") >= 1
+    assert total("accepted_tokens", "ngram") >= usage["accepted_tokens"]
+    depths = metrics["fulcrum_speculation_verified_drafts"].samples
+    buckets = [one.value for one in depths if one.name.endswith("_bucket")]
+    assert buckets == sorted(buckets)
+    assert buckets[0] < buckets[-1], "no step verified a draft"
+    (speedup,) = metrics["fulcrum_speculation_measured_speedup"].samples
+    assert 0.1 < speedup.value < 10.0

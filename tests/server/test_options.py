@@ -36,14 +36,19 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "max-sequences": "3",
         "max-step-tokens": "70",
         "threads": "2",
-        "speculation": "mtp",
-        "mtp-head": "head",
         "log-format": "json",
         "max-queue": "7",
         "max-body": "1MB",
         "grace-s": "1.5",
         "health-stale-s": "3",
         "stalled-reader-s": "4",
+        "header-timeout-s": "5",
+        "body-timeout-s": "6",
+        "max-ttft-s": "7",
+        "telemetry": "off",
+        "speculation": "mtp",
+        "mtp-head": "head",
+        "draft-model": "d",
     }
     argv = [part for name, value in values.items() for part in (f"--{name}", value)]
     environ = {f"FULCRUM_{n.replace('-', '_').upper()}": v for n, v in values.items()}

@@ -28,17 +28,14 @@ class AnswerSet:
         self._hidden: list[Tensor] = []
         self._token_ids: list[Tensor] = []
         self._prompt_lengths: list[int] = []
-        self._paths: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self._hidden)
 
-    def load_new(self, folder: Path) -> None:
-        """Take in the shards that have come since the last call."""
+    def load(self, folder: Path) -> None:
+        """Take in all shards of a folder."""
         for path in sorted(folder.glob("answers-?????.npz")):
-            if path not in self._paths:
-                self._paths.add(path)
-                self._load(path)
+            self._load_shard(path)
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token stands in the answers; (V,)."""
@@ -46,16 +43,6 @@ class AnswerSet:
         for ids, num_prompt in zip(self._token_ids, self._prompt_lengths, strict=True):
             counts += torch.bincount(ids[num_prompt:], minlength=vocab_size)
         return counts
-
-    def take_out(self, count: int, is_wanted: int) -> "AnswerSet":
-        """Move every `is_wanted`-th answer, `count` at most, into a set of its own."""
-        held = AnswerSet(max_length=self._max_length, num_context_tokens=self._num_context)
-        for index in range(len(self) - 1, -1, -1):
-            if index % is_wanted == 0 and len(held) < count:
-                held._hidden.append(self._hidden.pop(index))
-                held._token_ids.append(self._token_ids.pop(index))
-                held._prompt_lengths.append(self._prompt_lengths.pop(index))
-        return held
 
     def batches(self, rng: np.random.Generator, num_rows: int) -> Iterator[Windows]:
         """One pass over all windows in random order, about `num_rows` positions at a time.
@@ -102,7 +89,7 @@ class AnswerSet:
             is_answer[row, start : end - begin - 1] = True
         return Windows(hidden, token_ids, is_answer)
 
-    def _load(self, path: Path) -> None:
+    def _load_shard(self, path: Path) -> None:
         with np.load(path) as arrays:
             hidden = torch.from_numpy(arrays["hidden"].view(np.int16)).view(torch.bfloat16)
             token_ids = torch.from_numpy(arrays["token_ids"].astype(np.int64))

@@ -23,6 +23,9 @@ class LayerShape:
     num_kv_heads: int  # KH
     head_dim: int  # HD
     norm_eps: float
+    activation: str  # "silu" or "gelu_tanh"
+    attention_scale: float  # multiplies q·k
+    rope_attention_factor: float  # multiplies cos and sin
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "LayerShape":
@@ -33,6 +36,9 @@ class LayerShape:
             spec.num_kv_heads,
             spec.head_dim,
             spec.norm_eps,
+            spec.activation,
+            spec.attention_scale,
+            spec.rope_attention_factor,
         )
 
 
@@ -88,8 +94,14 @@ class MtpModule(nn.Module):
         x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
         x = x + self._attend(self.input_layernorm(x), keys, values)
         normed = self.post_attention_layernorm(x)
-        gated = functional.silu(self.gate_proj(normed)) * self.up_proj(normed)
-        return x + self.down_proj(gated)
+        gate = self.gate_proj(normed)
+        if self.shape.activation == "silu":
+            gate = functional.silu(gate)
+        else:
+            gate = functional.gelu(gate, approximate="tanh")
+        gated = gate * self.up_proj(normed)
+        output: Tensor = x + self.down_proj(gated)
+        return output
 
     def _attend(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """Attention of step j: the first step's keys up to p - j, then one key of each later step.
@@ -102,7 +114,7 @@ class MtpModule(nn.Module):
         cos, sin = self._rotation(length)
         query = _rotate(self._heads(self.q_proj(x), shape.num_heads), cos, sin)
         query = query.view(batch, shape.num_kv_heads, group, length, shape.head_dim)
-        query = query * shape.head_dim**-0.5
+        query = query * shape.attention_scale
         keys.append(_rotate(self._heads(self.k_proj(x), shape.num_kv_heads), cos, sin))
         values.append(self._heads(self.v_proj(x), shape.num_kv_heads))
         last = len(keys) - 1
@@ -120,7 +132,8 @@ class MtpModule(nn.Module):
             value = _shift(values[step], last - step)
             mixed = mixed + weights[..., length + step - 1, None] * value.unsqueeze(2)
         mixed = mixed.reshape(batch, shape.num_heads, length, shape.head_dim)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return output
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
         batch, length, _ = x.shape
@@ -129,7 +142,8 @@ class MtpModule(nn.Module):
     def _rotation(self, length: int) -> tuple[Tensor, Tensor]:
         assert isinstance(self.inv_freq, Tensor)
         angles = torch.arange(length)[:, None] * self.inv_freq[None, :]
-        return angles.cos(), angles.sin()
+        factor = self.shape.rope_attention_factor
+        return angles.cos() * factor, angles.sin() * factor
 
 
 def _shift(x: Tensor, count: int) -> Tensor:

@@ -39,4 +39,5 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+    result: Tensor = x.T if is_tall else x
+    return result

@@ -7,7 +7,6 @@ question is answered, so a share of the prompts is put to the model as such a ta
 import gzip
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 _ABOUT_ONE = (
@@ -31,6 +30,38 @@ _SHARE_ABOUT_ONE = 0.25
 _SHARE_ABOUT_SEVERAL = 0.2
 
 
+class PromptSet:
+    """An endless list of prompts, each known by its index alone.
+
+    They are the file's in random order, again and again in other orders, some of them set as
+    another task; whoever goes on at some index meets what an uninterrupted run would have met.
+    """
+
+    def __init__(self, texts: list[str], seed: int) -> None:
+        self._texts = texts
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def __getitem__(self, index: int) -> str:
+        texts = self._texts
+        epoch, position = divmod(index, len(texts))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = random.Random(f"order {self._seed} {epoch}").sample(
+                range(len(texts)), len(texts)
+            )
+        text = texts[self._order[position]]
+        rng = random.Random(f"task {self._seed} {index}")
+        draw = rng.random()
+        if draw < _SHARE_ABOUT_ONE:
+            return rng.choice(_ABOUT_ONE).format(text=text)
+        if draw < _SHARE_ABOUT_ONE + _SHARE_ABOUT_SEVERAL:
+            several = "\n\n".join(rng.choices(texts, k=rng.randint(2, 6)))
+            return rng.choice(_ABOUT_SEVERAL).format(texts=several, question=text)
+        return text
+
+
 def read_prompts(path: Path) -> list[str]:
     """The `prompt` of each line of a JSON lines file, which may be gzipped.
 
@@ -44,21 +75,10 @@ def read_prompts(path: Path) -> list[str]:
                 prompts.append(str(json.loads(line)["prompt"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f'{path}:{number}: needs an object with a "prompt"') from error
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompts")
     return prompts
 
 
-def vary_prompts(prompts: list[str], seed: int) -> Iterator[str]:
-    """The prompts in random order, without end, some of them set as another task."""
-    rng = random.Random(seed)
-    while True:
-        for text in rng.sample(prompts, len(prompts)):
-            draw = rng.random()
-            if draw < _SHARE_ABOUT_ONE:
-                yield rng.choice(_ABOUT_ONE).format(text=text)
-            elif draw < _SHARE_ABOUT_ONE + _SHARE_ABOUT_SEVERAL:
-                texts = "\n\n".join(rng.choices(prompts, k=rng.randint(2, 6)))
-                yield rng.choice(_ABOUT_SEVERAL).format(texts=texts, question=text)
-            else:
-                yield text
+def hold_out(prompts: list[str], count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Split prompts at random into those to learn from and `count` to judge by."""
+    shuffled = random.Random(seed).sample(prompts, len(prompts))
+    return shuffled[count:], shuffled[:count]

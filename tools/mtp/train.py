@@ -7,6 +7,7 @@ step before put out, so that the head meets its own errors while it learns.
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,16 @@ _DECAY_SHARE = 0.4  # of the run, at its end, over which the step sizes fall to 
 _CANDIDATES = 4  # most probable tokens of a row that every row's loss is taken over
 _SAMPLED_CANDIDATES = 768
 _EVALUATED_DRAFTS = 4
+# How far a run has come, beside the weights.
+_COUNTERS = ("elapsed_s", "num_rows", "_num_steps", "_epoch", "_epoch_steps")
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """What a run is made of; a checkpoint keeps it."""
 
-    duration_s: float
-    num_rows: int = 2048  # positions of a batch
+    num_rows: int  # answer positions to learn from, the same ones again in every epoch
+    batch_rows: int = 3072  # positions of a batch, prompts and padding included
     matrix_lr: float = 0.02
     vector_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -61,12 +64,15 @@ class Trainer:
         self.module = module
         self.settings = settings
         self.elapsed_s = 0.0
-        self.num_rows = 0
+        self.num_rows = 0  # that were learned from
+        self._num_steps = 0
+        self._epoch = 0
+        self._epoch_steps = 0  # of the epoch that is under way
         self._embedding = embedding
         self._head = head
         self._draft_index = torch.full((len(embedding),), -1, dtype=torch.int64)
         self._draft_index[draft_ids] = torch.arange(len(draft_ids))
-        matrices = [p for p in module.parameters() if p.ndim == 2]
+        matrices: list[Tensor] = [p for p in module.parameters() if p.ndim == 2]
         vectors = [p for p in module.parameters() if p.ndim != 2]
         self._optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, settings.matrix_lr, 0.95, settings.weight_decay),
@@ -77,28 +83,37 @@ class Trainer:
         self,
         answers: AnswerSet,
         held_out: AnswerSet,
-        shards: Path,
         report: Callable[[str], None],
         checkpoint: Path,
         interval_s: float = 300.0,
     ) -> None:
-        """Train until the time is up; report and save every `interval_s` seconds."""
-        rng = np.random.default_rng(self.settings.seed + self.num_rows)
+        """Train until settings.num_rows rows are learned from; report and save every `interval_s`
+        seconds and at the end.
+
+        After `load` it goes on with the batch that would have come next: a run that was
+        interrupted ends with the same head.
+        """
+        settings = self.settings
         next_report_s = self.elapsed_s + interval_s
         losses: list[float] = []
-        while self.elapsed_s < self.settings.duration_s:
-            answers.load_new(shards)
-            for windows in answers.batches(rng, self.settings.num_rows):
+        while self.num_rows < settings.num_rows:
+            rng = np.random.default_rng((settings.seed, self._epoch))
+            batches = answers.batches(rng, settings.batch_rows)
+            for windows in islice(batches, self._epoch_steps, None):
                 begun_s = time.monotonic()
                 losses.append(self._train_batch(windows))
                 self.elapsed_s += time.monotonic() - begun_s
-                if self.elapsed_s >= min(next_report_s, self.settings.duration_s):
+                self._epoch_steps += 1
+                is_done = self.num_rows >= settings.num_rows
+                if is_done or self.elapsed_s >= next_report_s:
                     next_report_s = self.elapsed_s + interval_s
+                    self.save(checkpoint)
                     report(self._describe(losses, held_out))
                     losses.clear()
-                    self.save(checkpoint)
-                if self.elapsed_s >= self.settings.duration_s:
+                if is_done:
                     return
+            self._epoch += 1
+            self._epoch_steps = 0
 
     def _train_batch(self, windows: Windows) -> float:
         rate = self._rate()
@@ -112,10 +127,11 @@ class Trainer:
         for optimizer in self._optimizers:
             optimizer.step()
         self.num_rows += int(windows.is_answer.sum())
+        self._num_steps += 1
         return float(loss.detach())
 
     def _rate(self) -> float:
-        done = self.elapsed_s / self.settings.duration_s
+        done = self.num_rows / self.settings.num_rows
         return max(0.01, min(1.0, done / _WARMUP_SHARE, (1 - done) / _DECAY_SHARE))
 
     def _loss(self, windows: Windows) -> Tensor:
@@ -126,15 +142,16 @@ class Trainer:
         """
         rows = windows.is_answer
         index = rows.nonzero()
+        generator = torch.Generator().manual_seed((self.settings.seed << 32) + self._num_steps)
         with torch.no_grad():
             next_states = windows.hidden[index[:, 0], index[:, 1] + 1]
             probs = (next_states @ self._head.T).softmax(-1)
             part = torch.cat(
                 (
                     probs.topk(_CANDIDATES, sorted=False).indices.flatten(),
-                    torch.randint(len(self._head), (_SAMPLED_CANDIDATES,)),
+                    torch.randint(len(self._head), (_SAMPLED_CANDIDATES,), generator=generator),
                 )
-            ).unique()
+            ).unique()  # type: ignore[no-untyped-call]
             head = self._head[part]
             targets = probs[:, part]
             targets /= targets.sum(-1, keepdim=True)
@@ -149,12 +166,13 @@ class Trainer:
 
     def _describe(self, losses: list[float], held_out: AnswerSet) -> str:
         acceptance = self.evaluate(held_out)
-        left_s = max(0.0, self.settings.duration_s - self.elapsed_s)
+        done = min(1.0, self.num_rows / self.settings.num_rows)
+        left_s = self.elapsed_s * (1 - done) / done
         by_position = " ".join(f"{share:.3f}" for share in acceptance.by_position)
         return (
-            f"{self.elapsed_s / 60:.0f} min, {left_s / 60:.0f} left, {self.num_rows} rows "
-            f"({self.num_rows / self.elapsed_s:.0f}/s), loss {np.mean(losses):.3f}, accepted "
-            f"{by_position}, {acceptance.tokens_per_step:.3f} tokens per step"
+            f"{done:.0%} trained, {left_s / 60:.0f} min left, {self.num_rows} rows "
+            f"({self.num_rows / self.elapsed_s:.0f}/s), loss {np.mean(losses):.3f}; held out: "
+            f"accepted {by_position}, {acceptance.tokens_per_step:.3f} tokens per step"
         )
 
     @torch.no_grad()
@@ -163,7 +181,7 @@ class Trainer:
         reached = np.zeros(_EVALUATED_DRAFTS)
         accepted = np.zeros(_EVALUATED_DRAFTS)
         num_tokens = num_steps = 0
-        for windows in held_out.batches(np.random.default_rng(0), self.settings.num_rows):
+        for windows in held_out.batches(np.random.default_rng(0), self.settings.batch_rows):
             length = windows.hidden.shape[1]
             embedded = self._embedding[windows.token_ids[:, 1:]]
             outputs = self.module.unroll(windows.hidden, embedded, _EVALUATED_DRAFTS)
@@ -191,18 +209,19 @@ class Trainer:
         state: dict[str, Any] = {
             "module": self.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
-            "elapsed_s": self.elapsed_s,
-            "num_rows": self.num_rows,
             "settings": asdict(self.settings),
-            "draft_index": self._draft_index,
+            **{name: getattr(self, name) for name in _COUNTERS},
         }
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. Raises ValueError where it is of other settings."""
         state = torch.load(path)
+        if state["settings"] != asdict(self.settings):
+            raise ValueError(f"{path}: was begun with other settings: {state['settings']}")
         self.module.load_state_dict(state["module"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.elapsed_s, self.num_rows = state["elapsed_s"], state["num_rows"]
+        for name in _COUNTERS:
+            setattr(self, name, state[name])

@@ -1,7 +1,6 @@
 """Pairing tensors with slots and formats: nothing is skipped, and every choice is explained."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from engine.checkpoint.tensor import BLOCK_TYPES, CheckpointError, StoredTensor
 from engine.config import Quantization
 from engine.models import spec_from_config
 from engine.models.spec import ModelSpec
-from engine.models.weights import WeightPlan, load_vectors, plan_weights, submit_matrices
+from engine.models.weights import WeightPlan, load_weights, plan_weights
 
 
 def _spec(architecture: str = "LlamaForCausalLM", **values: Any) -> ModelSpec:
@@ -185,10 +184,7 @@ class RecordingCore:
 
 def _load(core: RecordingCore, spec: ModelSpec, tensors: dict[str, StoredTensor]) -> None:
     plan = _plan(spec, tensors)
-    load_vectors(core, spec, plan)
-    with ThreadPoolExecutor(2) as executor:
-        for future in submit_matrices(core, spec, plan, executor):
-            future.result()
+    assert load_weights(core, spec, plan, lambda: "text", num_threads=2) == "text"
 
 
 def test_every_tensor_reaches_the_core() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from engine.config import ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
-from engine.planning.calibration import Calibration, Timing, calibrate
+from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
 from engine.planning.preview import Planner
@@ -109,7 +109,7 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
     other = planner.plan(msgspec.structs.replace(config, kv_dtype="int8"))
     assert planner.calibration(other, measure=False) is None, "kept under another setting's name"
     model = CostModel(first)
-    assert model.decode_step_s(1, 4) == pytest.approx(first.decode[1].seconds)
+    assert model.decode_step_s(1, SHORT_PROMPT) == pytest.approx(first.decode[1].seconds)
     speed = planner.preview(config, Proposal(), available_bytes=1 << 40, measure=False).speed
     assert speed is not None
     for interval in (speed.decode_tokens_per_s, speed.total_tokens_per_s, speed.ttft_ms):
@@ -132,7 +132,7 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
     )
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
-    assert model.decode_step_s(1, 1004) == pytest.approx(0.011)
+    assert model.decode_step_s(1, SHORT_PROMPT + 1000) == pytest.approx(0.011)
     assert model.prefill_s(128) == pytest.approx(0.1)
     assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
     assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine.speculation.cost_curve import CostCurve, calibrate, never_falling
+from engine.speculation.cost_curve import CostCurve, never_falling
 from engine.speculation.costs import Costs
 
 
@@ -82,29 +82,13 @@ def test_sizes_that_no_curve_holds_are_ignored() -> None:
     assert (curve.times_s() == before_s).all()
 
 
-def test_calibration_measures_each_size_and_stops_in_time() -> None:
-    sizes: list[int] = []
-    curve = CostCurve(16)
-    calibrate(curve, [1, 4, 16], sizes.append, budget_s=1.0)
-    assert curve.is_known
-    assert set(sizes) == {1, 4, 16}
-    assert len(sizes) == 1 + 3 * 9
-    curve = CostCurve(16)
-    sizes.clear()
-    calibrate(curve, [1, 4, 16], sizes.append, budget_s=0.0)
-    assert sizes == [1, 1]
-    assert curve.is_known
-
-
 def test_drafts_that_were_never_timed_are_derived_from_those_that_were() -> None:
     costs = Costs(64, 8)
     costs.step.seed(1, 0.005)
     cost = costs.drafter("mtp", 4)
-    guessed_s = cost.times_s(1, costs.step.times_s())
+    guessed_s = cost.times_s(1)
     assert guessed_s[0] == 0.0
     assert (np.diff(guessed_s) > 0).all()
     cost = Costs(64, 8).drafter("mtp", 4)
     cost.curve(2).seed(1, 0.002)
-    np.testing.assert_allclose(
-        cost.times_s(1, costs.step.times_s()), [0.0, 0.001, 0.002, 0.003, 0.004]
-    )
+    np.testing.assert_allclose(cost.times_s(1), [0.0, 0.001, 0.002, 0.003, 0.004])

@@ -21,7 +21,7 @@ def plateaus(tile: int, num_sizes: int = 64) -> np.ndarray:
 def test_counts_are_the_best_of_all(times_s: np.ndarray, seed: int) -> None:
     generator = np.random.default_rng(seed)
     survivals = np.multiply.accumulate(generator.random((3, 3)), axis=1)
-    choice = choose_counts(survivals, 3.0, 3, times_s, sunk_s=0.0005)
+    choice = choose_counts(survivals, 3.0, times_s[3:], sunk_s=0.0005)
     best = max(
         (3.0 + sum(survivals[i, :count].sum() for i, count in enumerate(counts)))
         / (times_s[3 + sum(counts)] + 0.0005)
@@ -37,38 +37,38 @@ def test_counts_are_the_best_of_all(times_s: np.ndarray, seed: int) -> None:
 def test_most_likely_tokens_of_all_sequences_go_first() -> None:
     survivals = np.array([[0.9, 0.8, 0.1], [0.5, 0.1, 0.0]])
     times_s = np.array([0.0, 1.0, 1.0, 1.2, 1.4, 2.0, 9.0, 9.0, 9.0])
-    assert choose_counts(survivals, 2.0, 2, times_s).counts == [2, 0]
-    assert choose_counts(survivals, 2.0, 2, np.ones(9)).counts == [3, 2]
+    assert choose_counts(survivals, 2.0, times_s[2:]).counts == [2, 0]
+    assert choose_counts(survivals, 2.0, np.ones(7)).counts == [3, 2]
 
 
 def test_a_plateau_is_filled_though_its_first_token_does_not_pay() -> None:
     times_s = np.array([0.0, 1.0, 1.9, 1.9, 1.9, 1.9])
-    assert choose_counts(np.array([[0.8, 0.7, 0.6, 0.5]]), 1.0, 1, times_s).counts == [4]
-    assert choose_counts(np.array([[0.8, 0.0, 0.0, 0.0]]), 1.0, 1, times_s).counts == [0]
+    assert choose_counts(np.array([[0.8, 0.7, 0.6, 0.5]]), 1.0, times_s[1:]).counts == [4]
+    assert choose_counts(np.array([[0.8, 0.0, 0.0, 0.0]]), 1.0, times_s[1:]).counts == [0]
 
 
 def test_nothing_is_verified_past_the_largest_step() -> None:
-    choice = choose_counts(np.full((4, 8), 0.9), 4.0, 4, linear(1e-5, 10))
+    choice = choose_counts(np.full((4, 8), 0.9), 4.0, linear(1e-5, 6))
     assert choice.num_verified == 6
-    assert choose_counts(np.full((4, 8), 0.9), 4.0, 12, linear(1e-5, 10)).num_verified == 0
+    assert choose_counts(np.full((4, 8), 0.9), 4.0, linear(1e-5, 6)[:1]).num_verified == 0
 
 
 def test_no_drafts_and_no_candidates_are_no_choice() -> None:
-    assert choose_counts(np.zeros((3, 8)), 3.0, 3, linear(1e-5)).counts == [0, 0, 0]
-    assert choose_counts(np.zeros((2, 0)), 2.0, 2, linear(1e-5)).counts == [0, 0]
+    assert choose_counts(np.zeros((3, 8)), 3.0, linear(1e-5)).counts == [0, 0, 0]
+    assert choose_counts(np.zeros((2, 0)), 2.0, linear(1e-5)).counts == [0, 0]
 
 
 def test_depth_counts_drafting_and_lets_poor_drafts_be_dropped() -> None:
     profiles = np.array([[0.9, 0.8], [0.01, 0.0]])
     times_s = linear(2e-4)
-    free = rates_by_depth(profiles, 1, 1.0, 1, times_s, np.zeros(3))
+    free = rates_by_depth(profiles, 1, 1.0, 0, times_s[1:], np.zeros(3))
     assert free[0] == pytest.approx(1.0 / times_s[1])
     # The good one is verified in full, of the poor one nothing.
     assert free[2] == pytest.approx((2.7 + 1.0) / (times_s[3] + times_s[1]))
-    costly = rates_by_depth(profiles, 1, 1.0, 1, times_s, np.array([0.0, 0.01, 0.02]))
+    costly = rates_by_depth(profiles, 1, 1.0, 0, times_s[1:], np.array([0.0, 0.01, 0.02]))
     assert costly.argmax() == 0
     # More sequences than profiles: these are repeated.
-    assert rates_by_depth(profiles, 5, 5.0, 5, times_s, np.zeros(3)).argmax() == 2
+    assert rates_by_depth(profiles, 5, 5.0, 0, times_s[5:], np.zeros(3)).argmax() == 2
 
 
 def test_a_depth_is_kept_unless_another_is_clearly_better() -> None:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from engine.speculation.candidates import Candidate, StepDrafts
+from engine.speculation.candidates import Candidate, StepDrafts, decoding_times_s
 from engine.speculation.costs import Costs
 from engine.speculation.drafter import Draft
+from engine.speculation.plan import choose_counts
 from engine.speculation.policy import SpeculationPolicy
 from engine.speculation.report import report
 from tests.engine.speculation.simulation import (
@@ -227,3 +228,26 @@ def test_says_what_it_does_and_why() -> None:
     world.run(300)
     assert "not asked" in report(world.policy).drafters[0].status
     assert "no draft was worth verifying" in report(world.policy).choice
+
+
+def test_beside_a_prompt_a_draft_is_no_cheaper_than_alone() -> None:
+    # A row costs as much as it emits at best. In a step of a long prompt a draft would look cheap
+    # against the few tokens that such a step emits, and yet it would hold everybody up.
+    times_s = 0.003 + 0.001 * np.arange(513)
+    alone, beside = (decoding_times_s(times_s, 4, others) for others in (0, 124))
+    np.testing.assert_allclose(alone[:100], beside[:100])
+    assert len(beside) == 513 - 128
+    assert choose_counts(np.full((4, 4), 0.5), 4.0, beside).num_verified == 0
+    assert choose_counts(np.full((4, 4), 0.99), 4.0, beside).num_verified == 16
+    assert len(decoding_times_s(times_s, 4, 600)) == 1, "such a step has no room"
+
+
+def test_who_names_a_drafter_that_lost_its_trust_is_probed_too() -> None:
+    drafter = PlantedDrafter(Clock(), truth=(0.0,), shares=(1.0,), priors=(0.9,))
+    world = World(lambda n: 0.003 + 0.0002 * n, drafter._clock, [drafter])
+    world.candidates = [Candidate(sequence(1), 9, "mtp")]
+    world.run(400)
+    assert world.policy.models.planners["mtp"].depth == 0
+    drafter.truth = [0.95]
+    world.run(2000)
+    assert world.policy.models.planners["mtp"].depth > 0

@@ -4,25 +4,20 @@ Drafters are planted that always draft, so that no measured cost decides what is
 """
 
 import random
-from collections.abc import Callable
 from collections.abc import Sequence as Row
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from engine.batch import Batch
 from engine.checkpoint.progress import SilentProgress
 from engine.config import EngineConfig
-from engine.lanes import Float32Array
 from engine.loader import LoadedModel, load_model
 from engine.speculation.candidates import Candidate
-from engine.speculation.costs import Costs
-from engine.speculation.drafter import Draft, Drafter
-from engine.speculation.policy import SpeculationPolicy
+from engine.speculation.drafter import Draft
 from engine.speculation.setup import Speculation
 from engine.types import SamplingParams, StepReport
+from tests.engine.speculation.planted import NUM_DRAFTS, AlwaysDraft, Planted
 from tests.engine.test_invariance import (
     GREEDY,
     MAX_MODEL_LEN,
@@ -33,64 +28,6 @@ from tests.engine.test_invariance import (
 )
 
 NUM_SEQUENCES = 6
-NUM_DRAFTS = 4
-
-
-class AlwaysDraft(SpeculationPolicy):
-    """Verifies all that one way of drafting proposes, whatever it costs."""
-
-    def __init__(self, propose: Callable[[Row[Candidate]], list[Draft]], costs: Costs) -> None:
-        super().__init__([], costs)
-        self.drafters: dict[str, Any] = {"planted": PlantedDrafter()}
-        self.num_accepted = 0
-        self._propose = propose
-        self._drafts: dict[int, Draft] = {}
-
-    def draft(self, candidates: list[Candidate], num_other_tokens: int = 0) -> list[Draft]:
-        drafts = [
-            draft.truncated(candidate.max_drafts)
-            for candidate, draft in zip(candidates, self._propose(candidates), strict=True)
-        ]
-        self._drafts = {c.sequence.seq_id: d for c, d in zip(candidates, drafts, strict=True)}
-        return drafts
-
-    def observe(self, seq_id: int, num_verified: int, emitted_ids: Row[int]) -> int:
-        self.num_accepted += len(emitted_ids) - 1
-        return len(emitted_ids) - 1
-
-    def observe_step(self, num_step_tokens: int, step_s: float) -> None:
-        pass
-
-
-class PlantedDrafter:
-    max_drafts = NUM_DRAFTS
-
-
-class Planted(Speculation, frozen=True, kw_only=True):
-    """Speculation whose policy is made by the test and kept for it to look at."""
-
-    propose: Callable[[Row[Candidate]], list[Draft]] | None = None
-    made: list[AlwaysDraft]
-
-    def policy(
-        self, batch: Batch, hidden: Float32Array | None, *, max_step_tokens: int
-    ) -> SpeculationPolicy:
-        propose = self.propose
-        if propose is None:
-            whole = Speculation.policy(self, batch, hidden, max_step_tokens=max_step_tokens)
-            (drafter,) = whole.drafters.values()
-            propose = _all_of(drafter)
-        policy = AlwaysDraft(propose, Costs(max_step_tokens, NUM_SEQUENCES))
-        self.made.append(policy)
-        return policy
-
-
-def _all_of(drafter: Drafter) -> Callable[[Row[Candidate]], list[Draft]]:
-    def propose(candidates: Row[Candidate]) -> list[Draft]:
-        rooms = [min(candidate.max_drafts, drafter.max_drafts) for candidate in candidates]
-        return drafter.propose([candidate.sequence for candidate in candidates], rooms)
-
-    return propose
 
 
 @pytest.fixture(scope="module")

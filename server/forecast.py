@@ -1,0 +1,216 @@
+"""Predicts when a request would get its first and its last token: pure functions of numbers.
+
+Admission calls `forecast`. It plays the scheduler's rules forward in steps: sequences hold lanes
+and KV blocks until their expected end, and those that wait take them in order of rank.
+"""
+
+import heapq
+import math
+from collections.abc import Iterable
+
+import msgspec
+
+from engine.scheduler import MIN_MIXED_CHUNK, MIXED_STEP_TOKENS
+from server.cost_model import Costs
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server may hold, and the first token's latest time. 0 blocks: not known."""
+
+    max_sequences: int  # that the engine runs at once
+    max_queue: int  # that may wait beyond those
+    max_step_tokens: int = 512
+    num_blocks: int = 0
+    block_size: int = 16
+    max_ttft_s: float = math.inf
+    # Beside which a sequence may be computed, where that is more than may be promised.
+    max_company: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.max_sequences + self.max_queue
+
+    def scaled(self, factor: float) -> "Limits":
+        """The limits of a device of which only this share can be relied on; at least 1 of each."""
+        if factor >= 1:
+            return self
+        return msgspec.structs.replace(
+            self,
+            # The engine knows nothing of it and starts whoever waits.
+            max_company=max(self.max_company, self.max_sequences),
+            max_sequences=max(1, int(self.max_sequences * factor)),
+            max_queue=int(self.max_queue * factor),
+            num_blocks=math.ceil(self.num_blocks * factor),
+        )
+
+
+class OpenSequence(msgspec.Struct, frozen=True):
+    """A sequence that the server has promised an answer."""
+
+    rank_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int  # so far; 0: it waits, or its prompt is being computed
+    max_tokens: int
+    ignore_eos: bool = False
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request wants. Before its prompt is encoded, its tokens count as 1."""
+
+    rank_s: float
+    num_sequences: int = 1
+    num_prompt_tokens: int = 1
+    max_tokens: int | None = None  # None: not known yet
+    ignore_eos: bool = False
+    priority: int = 0
+    timeout_s: float | None = None  # that is left
+    is_promised: bool = False  # it was told to come again now
+
+
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds from now, for the last of the request's sequences."""
+
+    ttft_s: float
+    end_s: float
+    idle_end_s: float  # as if nothing else were open
+    work_s: float  # of the engine's time, at full concurrency
+    num_blocks: int  # that the request is expected to need
+    starts_now: bool  # lanes and blocks are free for all of it
+
+
+def forecast(
+    ask: Ask, open_sequences: Iterable[OpenSequence], costs: Costs, limits: Limits
+) -> Forecast:
+    """Predict for `ask` beside what is open; times are 0 while nothing is known of steps."""
+    num_output = _expected_output(ask.max_tokens, ask.ignore_eos, 0, costs)
+    num_prompt = ask.num_prompt_tokens
+    own_blocks = _num_blocks(num_prompt + num_output, limits)
+    lanes = _Lanes(costs, limits)
+    ahead = []
+    for seq in open_sequences:
+        if seq.num_output_tokens:
+            lanes.hold(seq)
+        elif seq.rank_s <= ask.rank_s:
+            ahead.append(seq)
+    ahead.sort(key=_rank_s)
+    num_ahead_tokens = 0.0
+    for seq in ahead:
+        lanes.start(_blocks_of(seq, costs, limits), _remaining_steps(seq, costs))
+        num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
+    # Whoever is there beside it, whenever they start: fewer blocks or lanes are not less company.
+    num_lanes = max(limits.max_company, limits.max_sequences)
+    num_decoding = min(lanes.num_held + len(ahead), num_lanes)
+    start_step = 0.0
+    for _ in range(ask.num_sequences):
+        start_step = lanes.start(own_blocks, num_output / costs.tokens_per_step)
+    # Choices of one prompt share its keys and values: it is computed once.
+    num_own_tokens = max(1.0, num_prompt * costs.uncached_share)
+    num_work_tokens = num_own_tokens
+    if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
+        num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
+    wait_s = max(
+        start_step * costs.step_s(_steady_tokens(num_decoding, costs)),
+        _prefill_s(num_ahead_tokens, num_decoding, costs, limits),
+    )
+    ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
+    width = min(num_lanes, num_decoding + ask.num_sequences)
+    idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
+    share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
+    num_full_tokens = limits.max_sequences * costs.verified_per_step
+    mixed_s = costs.step_s(MIXED_STEP_TOKENS + num_full_tokens)
+    prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / MIXED_STEP_TOKENS
+    return Forecast(
+        ttft_s=ttft_s,
+        end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
+        idle_end_s=idle_ttft_s + (num_output - 1) * costs.decode_s(ask.num_sequences),
+        work_s=ask.num_sequences * num_output * share_s + num_work_tokens * prompt_token_s,
+        num_blocks=own_blocks * ask.num_sequences,
+        starts_now=start_step == 0,
+    )
+
+
+class _Lanes:
+    """Lanes and blocks over the coming steps, as the open sequences are expected to free them."""
+
+    def __init__(self, costs: Costs, limits: Limits) -> None:
+        self._costs = costs
+        self._limits = limits
+        self._num_free = limits.max_sequences
+        self._num_free_blocks = limits.num_blocks if limits.num_blocks else math.inf
+        self.ends: list[tuple[float, int]] = []  # a heap of (step, blocks)
+        self.num_held = 0
+        self._step = 0.0  # of the last start: nobody overtakes who waits for blocks
+
+    def hold(self, seq: OpenSequence) -> None:
+        """A sequence that runs: it has its lane whatever the limits say."""
+        num_blocks = _blocks_of(seq, self._costs, self._limits)
+        self.num_held += 1
+        self._take(num_blocks, _remaining_steps(seq, self._costs))
+
+    def start(self, num_blocks: int, num_steps: float) -> float:
+        """Step at which a new sequence gets a lane and its blocks."""
+        step = self._step
+        while self.ends and (self._num_free < 1 or self._num_free_blocks < num_blocks):
+            end, freed = heapq.heappop(self.ends)
+            step = max(step, end)
+            self._num_free += 1
+            self._num_free_blocks += freed
+        self._step = step
+        self._take(num_blocks, step + num_steps)
+        return step
+
+    def _take(self, num_blocks: int, end: float) -> None:
+        self._num_free -= 1
+        self._num_free_blocks -= num_blocks
+        heapq.heappush(self.ends, (end, num_blocks))
+
+
+def _prefill_s(num_tokens: float, num_decoding: int, costs: Costs, limits: Limits) -> float:
+    """Seconds to compute so many tokens of prompts beside decoding sequences."""
+    if num_tokens <= 0:
+        return 0.0
+    chunk = limits.max_step_tokens
+    if num_decoding:
+        chunk = min(chunk, max(MIXED_STEP_TOKENS - num_decoding, MIN_MIXED_CHUNK))
+    num_full, rest = divmod(num_tokens, chunk)
+    num_beside = num_decoding * costs.verified_per_step
+    full_s = num_full * costs.step_s(chunk + num_beside) if num_full else 0.0
+    return full_s + (costs.step_s(rest + num_beside) if rest else 0.0)
+
+
+def _steady_tokens(num_decoding: int, costs: Costs) -> float:
+    """Tokens of a mean step while one sequence follows the other."""
+    num_steps = costs.mean_output_tokens / costs.tokens_per_step
+    per_sequence = costs.mean_prompt_tokens * costs.uncached_share / num_steps
+    num_drafts = num_decoding * (costs.verified_per_step - 1)
+    mixed = min(num_decoding * (1 + per_sequence), max(MIXED_STEP_TOKENS, num_decoding))
+    return mixed + num_drafts
+
+
+def _expected_output(
+    max_tokens: int | None, ignore_eos: bool, num_output_tokens: int, costs: Costs
+) -> float:
+    """Tokens that a sequence is expected to generate in all, more than it has."""
+    if max_tokens is not None and ignore_eos:
+        return max_tokens
+    # Who has outlived the mean is expected to go on for a while.
+    expected = max(costs.mean_output_tokens, num_output_tokens + costs.mean_output_tokens / 4)
+    return max(1.0, expected if max_tokens is None else min(expected, max_tokens))
+
+
+def _remaining_steps(seq: OpenSequence, costs: Costs) -> float:
+    total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
+    return max(1.0, (total - seq.num_output_tokens) / costs.tokens_per_step)
+
+
+def _blocks_of(seq: OpenSequence, costs: Costs, limits: Limits) -> int:
+    total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
+    return _num_blocks(seq.num_prompt_tokens + total, limits)
+
+
+def _num_blocks(num_tokens: float, limits: Limits) -> int:
+    return math.ceil(num_tokens / limits.block_size) if limits.num_blocks else 0
+
+
+def _rank_s(seq: OpenSequence) -> float:
+    return seq.rank_s

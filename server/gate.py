@@ -1,0 +1,219 @@
+"""The state around the pure decision: device condition, costs, promises, and what was decided.
+
+The engine client asks the gate for every request; the watchdog lets it look at the device. It
+lives on the event loop.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from engine.types import rank_s
+from server.admission import Admit, Load, Reason, Reject, admit
+from server.condition import FAULT_CALM_S, Condition, next_condition
+from server.cost_model import CostModel
+from server.errors import ApiError
+from server.forecast import Ask, Forecast, Limits
+from server.metrics import Metrics
+from server.promises import Promises, digest
+from server.telemetry.samples import DeviceSample
+
+_NUM_DECISIONS = 32
+_DUE_HORIZON_S = 5.0
+# After a restart or when a step comes back: nobody can know, so not too long.
+_UNKNOWN_RETRY_S = 10.0
+
+_MESSAGES: dict[Reason, str] = {
+    "queue_full": "The queue is full. Try again later.",
+    "ttft_too_late": "The server is busy: the first token would come too late. Try again later.",
+    "deadline_too_short": "The answer cannot be complete within the request's 'timeout'.",
+    "memory_derated": "The device has less memory than the request needs at the moment.",
+    "device_draining": "The device has a fault and takes no new requests.",
+    "engine_stale": "The engine does not come back from a step and takes no new requests.",
+    "engine_dead": "The engine has stopped.",
+    "shutting_down": "The server is shutting down.",
+    "shed": "The request had to make room for others of higher priority. Try again later.",
+}
+_CODES: dict[Reason, str] = {"engine_dead": "engine_stopped"}
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """A request before it is admitted. `is_retry` is what its sender says of it, if anything."""
+
+    sender: str = ""
+    body: bytes = b""
+    arrived_at_s: float = 0.0
+    priority: int = 0
+    timeout_s: float | None = None
+    is_retry: bool | None = None
+
+    @property
+    def rank_s(self) -> float:
+        return rank_s(self.arrived_at_s, self.priority)
+
+    def left_s(self, now_s: float) -> float | None:
+        return None if self.timeout_s is None else self.arrived_at_s + self.timeout_s - now_s
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided of a request, for /v1/telemetry; of the request itself only sizes."""
+
+    age_s: float
+    admitted: bool
+    reason: str
+    num_sequences: int
+    num_prompt_tokens: int
+    priority: int
+    was_promised: bool
+    predicted_ttft_s: float | None = None
+    retry_after_s: float | None = None
+
+
+class Gate:
+    def __init__(
+        self,
+        limits: Limits,
+        metrics: Metrics,
+        sample: Callable[[float], DeviceSample | None] = lambda now_s: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.costs = CostModel()
+        self.condition = Condition()
+        self._metrics = metrics
+        self._sample = sample
+        self._clock = clock
+        self._promises = Promises()
+        self._decisions: deque[Decision] = deque(maxlen=_NUM_DECISIONS)
+
+    def look(self) -> None:
+        """Bring the condition up to date with the device; called now and then."""
+        now_s = self._clock()
+        self.condition = next_condition(self.condition, self._sample(now_s), now_s)
+
+    def decide(self, arrival: Arrival, ask: Ask, load: Load, *, is_final: bool) -> Forecast:
+        """Let a request in, or raise the 400, 429 or 503 that refuses it.
+
+        It is asked twice: before the prompt is known, and with it, when an admission is final.
+        """
+        now_s = self._clock()
+        horizon_s = min(_DUE_HORIZON_S, self.limits.max_ttft_s / 2)
+        num_due = self._promises.num_due(now_s, horizon_s, ask.priority)
+        key = b""
+        if self._promises.num_open and arrival.is_retry is not False:
+            key = digest(arrival.sender, arrival.body)
+        is_promised = bool(key) and self._promises.is_due(key, now_s)
+        ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=arrival.left_s(now_s))
+        load = msgspec.structs.replace(load, num_due=round(num_due * self._promises.kept_share))
+        decision = admit(ask, load, self.costs.costs, self.condition, self.limits)
+        if isinstance(decision, Admit):
+            if is_final:
+                if is_promised:
+                    self._promises.keep(key)
+                self._note(ask, now_s, decision.forecast, "admitted", None)
+            return decision.forecast
+        if is_promised:
+            self._promises.keep(key)  # it came; now it is told another time
+        retry_after_s = self._retry_after_s(decision, arrival, ask, now_s)
+        self._note(ask, now_s, decision.forecast, decision.reason, retry_after_s)
+        raise self._error(decision, ask, retry_after_s)
+
+    def refuse(self, reason: Reason, num_sequences: int) -> ApiError:
+        """The 503 of a server whose engine or life is at its end."""
+        self._metrics.observe_decision(reason, num_sequences)
+        return self._error(
+            Reject(503, reason, None), Ask(rank_s=0, num_sequences=num_sequences), _UNKNOWN_RETRY_S
+        )
+
+    def shed(self, arrival: Arrival, num_sequences: int, work_s: float) -> ApiError:
+        """The 429 of an admitted request that has to make room."""
+        now_s = self._clock()
+        key = digest(arrival.sender, arrival.body)
+        retry_after_s = self._promises.make(
+            key, work_s, num_sequences, 1.0, now_s, arrival.priority
+        )
+        ask = Ask(rank_s=0, num_sequences=num_sequences, priority=arrival.priority)
+        self._note(ask, now_s, None, "shed", retry_after_s)
+        return self._error(Reject(429, "shed", None), ask, retry_after_s)
+
+    def decisions(self) -> list[Decision]:
+        """The latest decisions, newest first, with their age."""
+        now_s = self._clock()
+        return [
+            msgspec.structs.replace(decision, age_s=round(now_s - decision.age_s, 3))
+            for decision in reversed(self._decisions)
+        ]
+
+    @property
+    def num_promised(self) -> int:
+        return self._promises.num_open
+
+    @property
+    def kept_share(self) -> float:
+        return self._promises.kept_share
+
+    def _retry_after_s(
+        self, decision: Reject, arrival: Arrival, ask: Ask, now_s: float
+    ) -> float | None:
+        if decision.reason == "device_draining":
+            recovers_at_s = self.condition.recovers_at_s
+            return FAULT_CALM_S if recovers_at_s is None else max(1.0, recovers_at_s - now_s)
+        if decision.reason == "memory_derated":
+            return _UNKNOWN_RETRY_S
+        if decision.reason not in ("queue_full", "ttft_too_late"):
+            return decision.retry_after_s
+        assert decision.forecast is not None
+        return self._promises.make(
+            digest(arrival.sender, arrival.body),
+            decision.forecast.work_s,
+            ask.num_sequences,
+            decision.retry_after_s or 0.0,
+            now_s,
+            ask.priority,
+        )
+
+    def _error(self, decision: Reject, ask: Ask, retry_after_s: float | None) -> ApiError:
+        reason = decision.reason
+        if reason == "too_many_sequences":
+            return ApiError(
+                400,
+                f"The request asks for {ask.num_sequences} sequences; this server takes at most "
+                f"{self.limits.capacity} at once.",
+                param="n",
+            )
+        message = _MESSAGES[reason]
+        if reason == "device_draining":
+            message = f"{message} ({', '.join(self.condition.reasons)})"
+        return ApiError(
+            decision.status,
+            message,
+            param="timeout" if reason == "deadline_too_short" else None,
+            code=_CODES.get(reason, reason),
+            retry_after_s=retry_after_s,
+            is_final=retry_after_s is None,
+        )
+
+    def _note(
+        self,
+        ask: Ask,
+        now_s: float,
+        forecast: Forecast | None,
+        reason: str,
+        retry_after_s: float | None,
+    ) -> None:
+        self._metrics.observe_decision(reason, ask.num_sequences)
+        self._decisions.append(
+            Decision(
+                age_s=now_s,  # the time itself, until it is shown
+                admitted=reason == "admitted",
+                reason=reason,
+                num_sequences=ask.num_sequences,
+                num_prompt_tokens=ask.num_prompt_tokens,
+                priority=ask.priority,
+                was_promised=ask.is_promised,
+                predicted_ttft_s=None if forecast is None else round(forecast.ttft_s, 4),
+                retry_after_s=None if retry_after_s is None else round(retry_after_s, 3),
+            )
+        )

@@ -1,0 +1,151 @@
+"""Reads the host's sensors: memory and its limits, pressure, CPU quota, frequency, energy.
+
+The poller's thread calls it. Everything comes from files of the kernel; one that is missing or
+not for us to read is named in the sample and not asked for again.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from engine.machine import (
+    available_memory_bytes,
+    cgroup_folders,
+    cpu_quota_cores,
+    total_memory_bytes,
+)
+from server.telemetry.samples import DeviceSample
+
+T = TypeVar("T")
+
+_MICRO = 1e-6
+_LIMITS_INTERVAL_S = 10.0  # those of control groups change rarely
+
+
+class HostReader:
+    """`root` is where the kernel's files are found; tests give their own."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._proc = root / "proc"
+        self._sys = root / "sys"
+        self._unavailable: dict[str, str] = {}
+        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
+        self._last_busy: tuple[float, float] | None = None
+        self._last_throttled: tuple[float, float] | None = None
+        self._rapl_wraps_j = 0.0
+        self._last_rapl_j: float | None = None
+        self._cpu_stat = self._find_cpu_stat()
+        self._read_limits_at_s = 0.0
+        self._memory_total_bytes: int | None = None
+        self._cpu_quota_cores: float | None = None
+
+    def read(self) -> DeviceSample:
+        now_s = time.monotonic()
+        if now_s >= self._read_limits_at_s:
+            self._read_limits_at_s = now_s + _LIMITS_INTERVAL_S
+            self._memory_total_bytes = self._ask("total memory", total_memory_bytes)
+            self._cpu_quota_cores = cpu_quota_cores()
+        available = self._ask("available memory", available_memory_bytes)
+        total = self._memory_total_bytes
+        resident = self._ask("resident memory", self._resident_bytes)
+        used = None if total is None or available is None else max(0, total - available)
+        others = None if used is None or resident is None else max(0, used - resident)
+        throttled = self._ask("CPU quota", lambda: self._throttled_share(now_s))
+        return DeviceSample(
+            kind="host",
+            name=platform.machine(),
+            taken_at_s=now_s,
+            memory_used_bytes=used,
+            memory_total_bytes=total,
+            memory_others_bytes=others,
+            utilization=self._ask("CPU time", self._busy_share),
+            clock_mhz=self._ask("CPU frequency", self._frequency_mhz),
+            max_clock_mhz=self._ask("CPU frequency limit", self._max_frequency_mhz),
+            temperature_c=self._ask("CPU temperature", self._temperature_c),
+            energy_j=self._ask("RAPL energy", self._energy_j),
+            cpu_quota_cores=self._cpu_quota_cores,
+            cpu_quota_throttled=throttled,
+            pressure=self._pressure(),
+            unavailable=dict(self._unavailable),
+        )
+
+    def _ask(self, sensor: str, read: Callable[[], T | None]) -> T | None:
+        if sensor in self._unavailable:
+            return None
+        try:
+            return read()
+        except PermissionError:
+            self._unavailable[sensor] = "not permitted"
+        except (OSError, ValueError, IndexError, StopIteration):
+            self._unavailable[sensor] = "not on this machine"
+        return None
+
+    def _resident_bytes(self) -> int:
+        return int((self._proc / "self/statm").read_text().split()[1]) * self._page_bytes
+
+    def _busy_share(self) -> float | None:
+        fields = [
+            int(field) for field in (self._proc / "stat").read_text().split("\n")[0].split()[1:9]
+        ]
+        total, idle = float(sum(fields)), float(fields[3] + fields[4])
+        last, self._last_busy = self._last_busy, (total, idle)
+        if last is None or total <= last[0]:
+            return None
+        return min(1.0, max(0.0, 1.0 - (idle - last[1]) / (total - last[0])))
+
+    def _find_cpu_stat(self) -> Path | None:
+        files = (folder / "cpu.stat" for folder in cgroup_folders("cpu"))
+        return next((file for file in files if file.exists()), None)
+
+    def _throttled_share(self, now_s: float) -> float | None:
+        """Share of the time in which the control group's quota kept us waiting."""
+        if self._cpu_stat is None:
+            raise OSError
+        fields = dict(line.split() for line in self._cpu_stat.read_text().splitlines())
+        if "throttled_usec" in fields:
+            waited_s = int(fields["throttled_usec"]) * _MICRO
+        else:
+            waited_s = int(fields.get("throttled_time", 0)) * 1e-9
+        last, self._last_throttled = self._last_throttled, (now_s, waited_s)
+        if last is None or now_s <= last[0]:
+            return None
+        # Each waiting thread counts, so the sum may exceed the time.
+        return min(1.0, max(0.0, (waited_s - last[1]) / (now_s - last[0])))
+
+    def _frequency_mhz(self) -> float:
+        scaling = self._sys / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
+        if scaling.exists():
+            return int(scaling.read_text()) / 1000
+        lines = (self._proc / "cpuinfo").read_text().splitlines()
+        return float(next(line.split(":")[1] for line in lines if line.startswith("cpu MHz")))
+
+    def _max_frequency_mhz(self) -> float:
+        return (
+            int((self._sys / "devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq").read_text()) / 1000
+        )
+
+    def _temperature_c(self) -> float:
+        zones = sorted((self._sys / "class/thermal").glob("thermal_zone*/temp"))
+        return max(int(zone.read_text()) for zone in zones) / 1000
+
+    def _energy_j(self) -> float:
+        """Joules of the first package since the first reading, across the counter's wraps."""
+        folder = self._sys / "class/powercap/intel-rapl:0"
+        energy_j = int((folder / "energy_uj").read_text()) * _MICRO
+        if self._last_rapl_j is not None and energy_j < self._last_rapl_j:
+            self._rapl_wraps_j += int((folder / "max_energy_range_uj").read_text()) * _MICRO
+        self._last_rapl_j = energy_j
+        return self._rapl_wraps_j + energy_j
+
+    def _pressure(self) -> dict[str, float]:
+        """PSI of the last 10 s as shares of the time, the machine's own."""
+        shares: dict[str, float] = {}
+        for resource in ("cpu", "memory", "io"):
+            text = self._ask(f"{resource} pressure", (self._proc / "pressure" / resource).read_text)
+            for line in (text or "").splitlines():
+                kind, average, *_ = line.split()
+                shares[f"{resource} {kind}"] = float(average.removeprefix("avg10=")) / 100
+        return shares
