@@ -41,8 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int = 512  # T at most
     num_threads: int | None = None
     speculation: SpeculationMode = "auto"
-    mtp_head: str | None = None  # folder that a head was trained into, for auto and mtp
-    draft_model: str | None = None  # a smaller model, named as `model` is, for auto and draft
+    # Used where `speculation` is auto or theirs, which an apply may change.
+    mtp_head: str | None = None  # folder that a head was trained into
+    draft_model: str | None = None  # a smaller model that drafts, named as `model` is
     isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
 
     def __post_init__(self) -> None:
@@ -76,3 +77,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"--speculation {mode}: choose {', '.join(SPECULATION_MODES)}")
         if mode == "draft" and self.draft_model is None:
             raise ConfigError("--speculation draft: needs --draft-model, a smaller model")
+
+    @property
+    def drafts_with_model(self) -> bool:
+        """Whether the smaller model is to draft, where one is named."""
+        return self.speculation in ("auto", "draft")

@@ -9,8 +9,10 @@ from msgspec.structs import replace
 from engine.config import EngineConfig
 from engine.contents import TextSide
 from engine.ledger import Ledger, anonymous_memory_bytes, measured_ledger
-from engine.loader import LoadedModel, ModelHeaders, load_drafters, load_model
+from engine.loader import LoadedModel, ModelHeaders, load_model
 from engine.runner import EngineSettings
+from engine.speculation.draft_model import load_draft_model
+from engine.speculation.load import load_speculation
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -62,26 +64,30 @@ def deploy(
 
 
 def redeploy(
-    deployment: Deployment,
-    config: EngineConfig,
-    headers: ModelHeaders,
-    draft_bytes: int,
-    *,
-    niceness: int = 0,
+    deployment: Deployment, config: EngineConfig, headers: ModelHeaders, draft_bytes: int
 ) -> Deployment:
     """The same core with the drafters that `config` asks for, loaded beside those it has.
 
     `config` differs in nothing else, and `draft_bytes` is what its ledger says. Raises ConfigError.
     """
     loaded = deployment.loaded
-    speculation = load_drafters(
+    draft = loaded.speculation.draft if config.drafts_with_model else None
+    if draft is None and headers.draft is not None and config.drafts_with_model:
+        draft = load_draft_model(
+            headers.draft,
+            loaded.core,
+            loaded.spec.vocab_size,
+            loaded.tokenizer,
+            loaded.num_kv_blocks,
+            niceness=1,
+        )
+    speculation = load_speculation(
         config,
-        headers,
         loaded.core,
-        loaded.tokenizer,
+        loaded.spec,
+        headers.checkpoint.tensors,
         loaded.num_kv_blocks,
-        niceness=niceness,
-        draft=loaded.speculation.draft,
+        draft,
     )
     ledger = replace(loaded.ledger, draft_bytes=draft_bytes)
     return Deployment(config, replace(loaded, speculation=speculation, ledger=ledger))

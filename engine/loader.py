@@ -22,7 +22,6 @@ from engine.models.spec import ModelSpec
 from engine.models.weights import WeightPlan, load_weights
 from engine.speculation.draft_model import (
     DraftHeaders,
-    DraftModel,
     load_draft_model,
     planned_bytes,
     read_draft_headers,
@@ -100,9 +99,13 @@ def load_model(
         )
         core.finalize()
         core.allocate_kv(context.num_kv_blocks, context.kv_dtype)
-        speculation = load_drafters(
-            config, headers, core, tokenizer, context.num_kv_blocks, niceness=niceness
-        )
+        num_blocks = context.num_kv_blocks
+        draft = None
+        if headers.draft is not None and config.drafts_with_model:
+            draft = load_draft_model(
+                headers.draft, core, spec.vocab_size, tokenizer, num_blocks, niceness
+            )
+        speculation = load_speculation(config, core, spec, checkpoint.tensors, num_blocks, draft)
     except ConfigError:
         raise
     except (TokenizerError, ChatTemplateError, ValueError, RuntimeError) as error:
@@ -138,31 +141,6 @@ def load_model(
     )
 
 
-def load_drafters(
-    config: EngineConfig,
-    headers: ModelHeaders,
-    target: fulcrum_core.Model,
-    tokenizer: Tokenizer,
-    num_kv_blocks: int,
-    *,
-    niceness: int,
-    draft: DraftModel | None = None,
-) -> Speculation:
-    """Load who drafts for `target` by `config`; raises ConfigError.
-
-    `draft` is the drafting model if it is in memory already.
-    """
-    spec = headers.checkpoint.spec
-    wanted = _draft_wanted(config, headers)
-    if wanted is None:
-        draft = None
-    elif draft is None:
-        draft = load_draft_model(
-            wanted, target, spec.vocab_size, tokenizer, num_kv_blocks, niceness
-        )
-    return load_speculation(config, target, spec, headers.checkpoint.tensors, num_kv_blocks, draft)
-
-
 def read_headers(config: EngineConfig, progress: Progress | None = None) -> ModelHeaders:
     """Find the model and read its headers; no weight is read. Raises ConfigError."""
     if config.device == "cuda":
@@ -194,15 +172,9 @@ def plan_headers(
     )
     machine = (plan.context, headers.isa, headers.num_threads)
     draft_bytes = planned_module_bytes(config, spec, tensors, *machine)
-    draft = _draft_wanted(config, headers)
-    if draft is not None:
-        draft_bytes += planned_bytes(config, draft, *machine)
+    if headers.draft is not None and config.drafts_with_model:
+        draft_bytes += planned_bytes(config, headers.draft, *machine)
     return replace(plan, ledger=replace(plan.ledger, draft_bytes=draft_bytes))
-
-
-def _draft_wanted(config: EngineConfig, headers: ModelHeaders) -> DraftHeaders | None:
-    """The drafting model that was given, where the mode has a use for it."""
-    return headers.draft if config.speculation in ("auto", "draft") else None
 
 
 def _same(text: TextSide) -> TextSide:

@@ -11,7 +11,14 @@ from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler, StepPlan
 from engine.speculation.policy import SpeculationPolicy
-from engine.speculation.setup import OFF, Speculation, calibrate
+from engine.speculation.setup import (
+    CALIBRATION_S,
+    MOST_CALIBRATED_TOKENS,
+    OFF,
+    SERVING_CALIBRATION_S,
+    Speculation,
+    calibrate,
+)
 from engine.speculation.speculator import Speculator
 from engine.types import TokenEvent
 
@@ -81,7 +88,7 @@ class Runner:
         self._hidden = hidden
         policy = speculation.policy(self._batch, hidden, max_step_tokens=settings.max_step_tokens)
         if policy.drafters:
-            self._calibrate(policy, is_serving=False)
+            self._calibrate(policy, CALIBRATION_S)
         self.speculator = self._speculator(policy)
 
     def step(self) -> tuple[list[TokenEvent], int]:
@@ -122,7 +129,8 @@ class Runner:
                 for size, seconds in known.points():
                     policy.costs.step.seed(size, seconds)
             elif policy.drafters:
-                self._calibrate(policy, is_serving=self.scheduler.has_work)
+                is_idle = not self.scheduler.has_work
+                self._calibrate(policy, CALIBRATION_S if is_idle else SERVING_CALIBRATION_S)
         except BaseException:
             self._batch.keep_hidden(self._hidden)
             raise
@@ -133,20 +141,19 @@ class Runner:
     def _speculator(self, policy: SpeculationPolicy) -> Speculator:
         return Speculator(policy, self.scheduler, self._batch.lanes, self.settings.max_step_tokens)
 
-    def _calibrate(self, policy: SpeculationPolicy, *, is_serving: bool) -> None:
-        """Seed what steps and drafts cost; where no block is free, serving will tell."""
-        blocks, settings = self._blocks, self.settings
-        most = blocks.num_blocks_for(min(settings.max_step_tokens, settings.max_model_len))
-        taken = blocks.allocate(min(blocks.num_free, most))
+    def _calibrate(self, policy: SpeculationPolicy, time_s: float) -> None:
+        """Seed what a step costs; where no block is free, serving will tell."""
+        blocks, block_size = self._blocks, self.core.block_size
+        most_tokens = min(MOST_CALIBRATED_TOKENS, self.settings.max_step_tokens)
+        count = min(
+            blocks.num_free,
+            blocks.num_blocks_for(most_tokens),
+            blocks.num_blocks_for(self.settings.max_model_len),
+        )
+        taken = blocks.allocate(count)
         try:
-            calibrate(
-                self._batch,
-                policy,
-                taken,
-                max_step_tokens=min(settings.max_step_tokens, len(taken) * self.core.block_size),
-                num_kv_blocks=settings.num_kv_blocks,
-                is_serving=is_serving,
-            )
+            most_tokens = min(most_tokens, count * block_size, self.settings.max_model_len)
+            calibrate(self._batch, policy, most_tokens, taken, time_s)
         finally:
             blocks.release(taken)
 

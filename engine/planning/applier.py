@@ -177,9 +177,7 @@ class Applier:
 
     def rebuild_drafters(self, config: EngineConfig, draft_bytes: int) -> Deployment:
         """Load other drafters for the core that serves."""
-        return redeploy(
-            self.deployment, config, self.planner.headers, draft_bytes, niceness=_NICENESS
-        )
+        return redeploy(self.deployment, config, self.planner.headers, draft_bytes)
 
     def speculation_report(self) -> SpeculationReport | None:
         """What speculation does; None where the engine does not answer or nobody drafts."""

@@ -156,7 +156,7 @@ class Planner:
                 shipped = Acceptance(1.0, tuple(head.acceptance_by_position), "estimated")
             share = module_weights_bytes(head, checkpoint.spec, headers.isa) / target_bytes
             models.append(_model_drafts("mtp", known, shipped, share))
-        if headers.draft is not None and config.speculation in ("auto", "draft"):
+        if headers.draft is not None and config.drafts_with_model:
             share = planned_weights_bytes(headers.draft.weights, headers.isa) / target_bytes
             models.append(_model_drafts("draft", known, UNKNOWN_MODEL, share))
         if config.speculation in ("auto", "ngram"):

@@ -100,20 +100,22 @@ class ChainDrafter:
         self._run(group, drafts)
         return drafts
 
-    def time_probe(self, num_sequences: int, num_drafts: int) -> float:
-        """Draft behind made-up texts of a token; return the seconds.
+    def time_probe(self, num_sequences: int, *, num_drafts: int, blocks: Row[int]) -> float:
+        """Draft behind the first token of as many lanes; return the seconds.
 
-        Only before anything is served: it writes into the first blocks of the cache.
+        Between two steps: `blocks` of the cache, one for each lane, are written to.
         """
         rows = np.arange(num_sequences, dtype=np.int32)
         values = {"lanes": rows, "begin": 0, "end": 1, "start": 0, "num_drafts": num_drafts}
         for name, value in values.items():
             self._call[name][:num_sequences] = value
-        self._blocks[:num_sequences, 0] = rows
+        first_blocks = self._blocks[:num_sequences, 0]
+        kept = first_blocks.copy()
+        first_blocks[:] = blocks[:num_sequences]
         began_s = time.perf_counter()
         self._core.propose(num_sequences, 0.0)
         seconds = time.perf_counter() - began_s
-        self._blocks[:num_sequences, 0] = 0
+        first_blocks[:] = kept
         return seconds
 
     def _text_span(self, seq: Sequence, budget: int) -> tuple[int, int] | None:

@@ -28,14 +28,14 @@ MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-_CALIBRATION_S = 0.8  # at most, for steps,
-_DRAFT_CALIBRATION_S = 0.2  # and for drafts
-# At most for steps, while others wait: about what a chunk of a prompt takes.
-_SERVING_CALIBRATION_S = 0.15
+CALIBRATION_S = 1.0  # at most, before anybody is served
+SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
+_DRAFTS_SHARE = 0.2  # of these, for drafts
 # The most telling first. Beyond the largest, and so where prompts share the step, a row would look
 # free: it has to reach what such a step holds.
 _CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
 _CALIBRATED_SEQUENCES = (1, 4, 16, 64)
+MOST_CALIBRATED_TOKENS = max(_CALIBRATED_TOKENS)
 _CALIBRATION_ROUNDS = 3
 
 
@@ -123,52 +123,42 @@ def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -
 
 
 def calibrate(
-    batch: Batch,
-    policy: SpeculationPolicy,
-    blocks: Row[int],
-    *,
-    max_step_tokens: int,
-    num_kv_blocks: int,
-    is_serving: bool,
+    batch: Batch, policy: SpeculationPolicy, most_tokens: int, blocks: Row[int], time_s: float
 ) -> None:
-    """Time steps and drafts of several sizes between two steps, and seed their costs.
+    """Time steps and drafts of several sizes between two steps, and seed what they cost.
 
-    Nobody holds `blocks`, which are written to and hold max_step_tokens. While serving the drafts
-    are not timed, since that needs lanes of its own.
+    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most.
     """
-    ends_at_s = time.monotonic() + (_SERVING_CALIBRATION_S if is_serving else _CALIBRATION_S)
-    # A made-up text is no longer than what a lane holds.
-    most = min(max_step_tokens, batch.lanes.tokens.shape[1])
-    sizes = [size for size in _CALIBRATED_TOKENS if size <= most]
-    probe_step = partial(batch.time_probe, block_ids=blocks)
-    for size, step_s in _best_times_s(probe_step, sizes, ends_at_s).items():
+    began_s = time.monotonic()
+    sizes = [size for size in _CALIBRATED_TOKENS if size <= most_tokens]
+    ends_at_s = began_s + time_s * (1.0 - _DRAFTS_SHARE)
+    for size, step_s in _best_times_s(
+        partial(batch.time_probe, block_ids=blocks), sizes, ends_at_s
+    ):
         policy.costs.step.seed(size, step_s)
-    if is_serving:
-        return
-    max_sequences = min(len(batch.lanes.tokens), num_kv_blocks)
-    counts = [count for count in _CALIBRATED_SEQUENCES if count <= max_sequences]
-    ends_at_s = time.monotonic() + _DRAFT_CALIBRATION_S
+    most_sequences = min(len(batch.lanes.tokens), len(blocks))
+    counts = [count for count in _CALIBRATED_SEQUENCES if count <= most_sequences]
     for drafter in policy.drafters.values():
         if not isinstance(drafter, ChainDrafter):
             continue
         cost = policy.costs.drafter(drafter.name, drafter.max_drafts)
         for num_drafts in range(1, drafter.max_drafts + 1):
-            probe = partial(drafter.time_probe, num_drafts=num_drafts)
-            for count, draft_s in _best_times_s(probe, counts, ends_at_s).items():
+            probe = partial(drafter.time_probe, num_drafts=num_drafts, blocks=blocks)
+            for count, draft_s in _best_times_s(probe, counts, began_s + time_s):
                 cost.curve(num_drafts).seed(count, draft_s)
 
 
 def _best_times_s(
     probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
-) -> dict[int, float]:
-    """The least time of each size over a few rounds; what would not end in time is left out."""
+) -> list[tuple[int, float]]:
+    """The least time of each size over a few rounds, of those that the time is enough for."""
     best_s: dict[int, float] = {}
     for _ in range(_CALIBRATION_ROUNDS):
         for size in sizes:
-            # Twice the size takes twice the time at most.
-            smaller = [known for known in best_s if known <= size]
-            most_s = best_s[max(smaller)] * size / max(smaller) if smaller else 0.0
+            # One of twice the size takes twice the time at most.
+            less = [one for one in best_s if one <= size]
+            most_s = best_s[max(less)] * size / max(less) if less else 0.0
             if time.monotonic() + most_s < ends_at_s:
                 seconds = probe(size)
                 best_s[size] = min(seconds, best_s.get(size, seconds))
-    return best_s
+    return list(best_s.items())
