@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 _TYPE_NAMES = {
     np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
     np.dtype(np.int32): "I32",
     np.dtype(np.uint16): "BF16",  # numpy has no such type: its bits
 }
@@ -17,7 +18,7 @@ _ALIGNMENT = 8
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays of float32, int32 or, as uint16, the bits of bf16; whole or not at all."""
+    """Write arrays of float32, float16, int32 or, as uint16, the bits of bf16."""
     header: dict[str, dict[str, Any]] = {}
     end = 0
     for name, array in tensors.items():

@@ -132,7 +132,7 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
     )
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
-    assert model.decode_step_s(1, SHORT_PROMPT + 1000) == pytest.approx(0.011)
+    assert model.decode_step_s(1, 1000 + SHORT_PROMPT) == pytest.approx(0.011)
     assert model.prefill_s(128) == pytest.approx(0.1)
     assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
     assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1
