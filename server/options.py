@@ -211,14 +211,6 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
 def _to_options(args: argparse.Namespace) -> Options:
     if args.served_model_name == "":
         raise ConfigError("--served-model-name: must not be empty")
-    for option, value, mode in (
-        ("--mtp-head", args.mtp_head, "mtp"),
-        ("--draft-model", args.draft_model, "draft"),
-    ):
-        if value is not None and args.speculation not in ("auto", mode):
-            raise ConfigError(
-                f"{option} {value}: needs --speculation auto or {mode}, not {args.speculation}"
-            )
     if args.max_body < 1:
         raise ConfigError("--max-body: must be at least 1 byte")
     return Options(

@@ -156,13 +156,3 @@ def test_an_empty_key_in_the_environment_does_not_open_the_server() -> None:
 def test_a_host_that_is_no_name_is_one_line() -> None:
     with pytest.raises(ConfigError, match="cannot be resolved"):
         bind("foo..bar", 0)
-
-
-@pytest.mark.parametrize(("option", "mode"), [("mtp-head", "mtp"), ("draft-model", "draft")])
-def test_a_drafter_that_the_mode_excludes_is_an_error(option: str, mode: str) -> None:
-    argv = [f"--{option}", "somewhere", "--speculation"]
-    with pytest.raises(
-        ConfigError, match=f"--{option} somewhere: needs --speculation auto or {mode}"
-    ):
-        parse_options([*argv, "ngram"], {})
-    assert parse_options([*argv, mode], {}).engine.speculation == mode
