@@ -111,7 +111,7 @@ def _refuse_ttft(
         coming = OpenSequence(
             ask.rank_s, round(costs.mean_prompt_tokens), 0, round(costs.mean_output_tokens) or 1
         )
-        with_them = [*load.sequences, *[coming] * load.num_due]
+        with_them = [*load.sequences, *[coming] * min(load.num_due, limits.capacity)]
         ttft_s = forecast(ask, with_them, costs, limits).ttft_s
     share = _PROMISED_SHARE if ask.is_promised else _NEWCOMER_SHARE if load.num_due else _SHARE
     latest_s = limits.max_ttft_s * share

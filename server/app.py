@@ -135,8 +135,11 @@ async def _watchdog(app: web.Application) -> AsyncIterator[None]:
     async def watch() -> None:
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
-            app[CLIENT].check()
-            app[CONNECTIONS].check(settings.header_timeout_s, settings.stalled_reader_s)
+            try:
+                app[CLIENT].check()
+                app[CONNECTIONS].check(settings.header_timeout_s, settings.stalled_reader_s)
+            except Exception:  # one look's trouble must not be the last look
+                logger.exception("the watchdog failed once")
 
     task = asyncio.create_task(watch())
     yield

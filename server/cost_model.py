@@ -133,13 +133,11 @@ class CostModel:
     def observe_first_token(
         self, num_prompt_tokens: int, num_cached_tokens: int, predicted_s: float, observed_s: float
     ) -> None:
-        """`predicted_s` is the prediction at admission, 0 where there was none."""
+        """`predicted_s` is the uncorrected prediction at admission, 0 where there was none."""
         self._prompt_tokens.add(num_prompt_tokens)
         self._uncached.add(1 - num_cached_tokens / num_prompt_tokens)
         if predicted_s > _MIN_PREDICTION_S:
-            # The prediction contains the scale of its time: a correction of that is what is seen.
-            ratio = observed_s / predicted_s * self._ttft_scale.value
-            self._ttft_scale.add(min(4.0, max(0.25, ratio)))
+            self._ttft_scale.add(min(4.0, max(0.25, observed_s / predicted_s)))
         self._costs = None
 
     def observe_end(self, num_output_tokens: int) -> None:

@@ -153,9 +153,10 @@ class EngineClient:
     def confirm(
         self, generation: Generation, prompts: list[list[int]], choices: list[list[SamplingParams]]
     ) -> float:
-        """Decide once more, with the prompts' lengths; returns the predicted time to first token.
+        """Decide once more, with the prompts' lengths; return the predicted time to first token.
 
-        Raises the 429 or 503 that refuses it.
+        It lacks the correction that was learned from earlier requests. Raises the 429 or 503 that
+        refuses the request.
         """
         arrival = generation.arrival
         ask = Ask(
@@ -167,7 +168,8 @@ class EngineClient:
             priority=arrival.priority,
         )
         load = self._open_load(without=generation)
-        return self.gate.decide(arrival, ask, load, is_final=True).ttft_s
+        seen = self.gate.decide(arrival, ask, load, is_final=True)
+        return seen.ttft_s / self.gate.costs.costs.ttft_scale
 
     def next_seq_id(self) -> int:
         return next(self._seq_ids)
@@ -215,7 +217,7 @@ class EngineClient:
             num_reserved=sum(
                 generation.num_reserved
                 for generation in self._generations
-                if generation is not without
+                if generation is not without and not generation.has_failed
             ),
         )
 
@@ -223,7 +225,10 @@ class EngineClient:
         """Shed waiting requests of lower priority where they keep `ask` or its own bound out."""
         if all(one.arrival.priority <= ask.priority for one in self._generations):
             return
-        load, limits = self._open_load(), self.gate.limits.scaled(self.gate.condition.factor)
+        condition = self.gate.condition
+        load, limits = self._open_load(), self.gate.limits.scaled(condition.factor)
+        if condition.status == "draining" or ask.num_sequences > limits.capacity:
+            return  # it is refused in any case
         num_missing = load.num_open + ask.num_sequences - limits.capacity
         # Those that are overtaken wait longer: as many go as come in, once the last is too late.
         last = Ask(rank_s=max((seq.rank_s for seq in load.sequences), default=0.0))
@@ -269,10 +274,14 @@ class EngineClient:
                 logger.exception("stream %d failed", event.seq_id)
                 generation.fail(ApiError(500, "The answer could not be decoded."))
             if event.token_ids and stream.last_token_s is None:
+                # The prediction is about the last of the request's choices.
+                is_last = all(
+                    one is stream or one.last_token_s is not None for one in generation.streams
+                )
                 self.gate.costs.observe_first_token(
                     stream.num_prompt_tokens,
                     event.num_cached_tokens,
-                    generation.predicted_ttft_s,
+                    generation.plain_ttft_s if is_last else 0.0,
                     now_s - stream.submitted_s,
                 )
             self._metrics.observe_event(stream, event, now_s)

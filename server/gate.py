@@ -105,7 +105,9 @@ class Gate:
         if self._promises.num_open and arrival.is_retry is not False:
             key = digest(arrival.sender, arrival.body)
         is_promised = bool(key) and self._promises.is_due(key, now_s)
-        ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=arrival.left_s(now_s))
+        # How long the answer may become, and so when it could end, is known with the prompt only.
+        timeout_s = arrival.left_s(now_s) if is_final else None
+        ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=timeout_s)
         load = msgspec.structs.replace(load, num_due=round(num_due * self._promises.kept_share))
         decision = admit(ask, load, self.costs.costs, self.condition, self.limits)
         if isinstance(decision, Admit):

@@ -28,7 +28,7 @@ class Generation:
     def __init__(self, client: "EngineClient", arrival: Arrival, num_sequences: int) -> None:
         self.arrival = arrival
         self.streams: list[Stream] = []
-        self.predicted_ttft_s = 0.0
+        self.plain_ttft_s = 0.0  # as predicted at admission, uncorrected; 0: it was not
         self._client = client
         self._num_reserved = num_sequences
         self._deadline: asyncio.TimerHandle | None = None
@@ -59,7 +59,7 @@ class Generation:
         """
         if self._error is not None:
             raise self._error
-        self.predicted_ttft_s = self._client.confirm(self, prompts, choices)
+        self.plain_ttft_s = self._client.confirm(self, prompts, choices)
         arrival = self.arrival
         options = options or FulcrumOptions()
         self._num_choices = len(choices[0])
@@ -145,6 +145,11 @@ class Generation:
     def num_reserved(self) -> int:
         """Places whose sequences are not submitted yet."""
         return self._num_reserved
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended with an error, so that what it reserved is not used any more."""
+        return self._error is not None
 
     @property
     def is_waiting(self) -> bool:

@@ -211,10 +211,6 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
 def _to_options(args: argparse.Namespace) -> Options:
     if args.served_model_name == "":
         raise ConfigError("--served-model-name: must not be empty")
-    if args.mtp_head is not None and args.speculation not in ("auto", "mtp"):
-        raise ConfigError(
-            f"--mtp-head {args.mtp_head}: needs --speculation auto or mtp, not {args.speculation}"
-        )
     if args.max_body < 1:
         raise ConfigError("--max-body: must be at least 1 byte")
     return Options(

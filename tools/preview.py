@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -22,9 +23,17 @@ from engine.planning.proposal import Proposal
 from engine.planning.qualification import Technique, qualify
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in a line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"tools.preview: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; settings have the names of the preview endpoint's."""
-    parser = argparse.ArgumentParser(prog="python -m tools.preview", description=__doc__)
+    parser = _OneLineParser(prog="python -m tools.preview", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="as the server's: short name, folder, .gguf file, hub id")
     add("--quantization", default="auto", help="auto, none, int8 or int4 (%(default)s)")
@@ -32,6 +41,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kv-memory", help="memory of the KV cache: 512MB, 2GiB")
     add("--max-model-len", type=int, help="tokens of prompt and output together")
     add("--max-sequences", type=int, help="sequences computed at once")
+    add("--speculation", help="who drafts: auto, off, ngram, mtp or draft")
+    add("--mtp-head", help="folder of a head that was trained for the model")
+    add("--draft-model", help="a smaller model of the same vocabulary that drafts")
     add("--threads", type=int, help="of the core; default: physical cores")
     add("--concurrency", type=int, default=8, help="sequences together (%(default)s)")
     add("--prompt-tokens", type=int, default=128, help="of a request (%(default)s)")
@@ -45,13 +57,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the tables; 2 where the settings cannot work, 1 where they do not fit."""
     options = parse_options(arguments)
     try:
-        config = EngineConfig(model=options.model, num_threads=options.threads)
+        config = EngineConfig(
+            model=options.model,
+            num_threads=options.threads,
+            mtp_head=options.mtp_head,
+            draft_model=options.draft_model,
+        )
         proposal = Proposal(
             quantization=options.quantization,
             kv_dtype=options.kv_dtype,
             kv_memory=options.kv_memory,
             max_model_len=options.max_model_len,
             max_sequences=options.max_sequences,
+            speculation=options.speculation,
             concurrency=options.concurrency,
             prompt_tokens=options.prompt_tokens,
             output_tokens=options.output_tokens,
@@ -73,7 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(preview_text(preview))
     if options.json:
         document = {"optimizations": techniques, "levels": levels, "preview": preview}
-        options.json.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2))
+        try:
+            options.json.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2))
+        except OSError as error:
+            print(f"tools.preview: --json {options.json}: {error.strerror}", file=sys.stderr)
+            return 2
     return 0 if preview.memory.fits else 1
 
 
@@ -130,7 +152,14 @@ def preview_text(preview: Preview) -> str:
 
 
 def _speed_rows(speed: Speed) -> list[tuple[str, str]]:
+    drafts = "off"
+    if speed.speculation != "off":
+        drafts = (
+            f"{speed.speculation_gain:.2f} times the tokens/s for one stream, "
+            f"{speed.speculation_gain_together:.2f} together, {speed.speculation}"
+        )
     return [
+        ("drafts", drafts),
         ("decode", f"{_range(speed.decode_tokens_per_s)} tokens/s for one stream"),
         (
             "together",

@@ -19,7 +19,7 @@ from engine.deployment import Deployment, deploy, reclaimable_bytes, redeploy
 from engine.machine import available_memory_bytes
 from engine.planning.apply_run import ApplyRun
 from engine.planning.apply_types import ApplyBusy, ApplyRequest, Status, now
-from engine.planning.drafting import MeasuredDrafts, measured_drafts
+from engine.planning.drafting import measured_drafts
 from engine.planning.observer import Observer
 from engine.planning.preview import Planner, Preview, shortage_text
 from engine.planning.proposal import Proposal
@@ -195,10 +195,8 @@ class Applier:
         report = self.speculation_report()
         if report is None:
             return
-        new, old = measured_drafts(report), self.planner.measured_drafts
-        self.planner.measured_drafts = MeasuredDrafts(
-            {**old.acceptance, **new.acceptance}, new.run_share or old.run_share
-        )
+        planner = self.planner
+        planner.measured_drafts = planner.measured_drafts.renewed(measured_drafts(report))
 
     def quality(self, config: EngineConfig) -> Quality:
         """Of a setting; where it was never measured, that begins in the background."""

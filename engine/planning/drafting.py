@@ -35,66 +35,79 @@ class Acceptance(msgspec.Struct, frozen=True):
 # Prompt lookup, as measured on answers to Spec-Bench's prompts: how often a draft is at hand that
 # pays, and what becomes of it.
 SHIPPED_NGRAM = Acceptance(0.12, (0.66, 0.74, 0.78, 0.80, 0.82, 0.83, 0.85, 0.85), "estimated")
+# A model's drafts that were never measured anywhere.
+UNKNOWN_MODEL = Acceptance(1.0, (0.5,) * 4, "estimated")
+NOTHING = Acceptance(0.0, (), "measured")
+
+
+class ModelDrafts(msgspec.Struct, frozen=True):
+    """A drafter that runs a model: its drafts, and what a run of it costs."""
+
+    acceptance: Acceptance
+    run_share: float  # of the time of a step with as many tokens
 
 
 class Drafting(msgspec.Struct, frozen=True, kw_only=True):
-    """The drafters that a setting turns on; None where it has not that one."""
+    """The drafters that a setting turns on."""
 
-    ngram: Acceptance | None
-    mtp: Acceptance | None
-    run_share: float = 0.0  # time of a run of the module over that of a step of as many tokens
+    ngram: Acceptance = NOTHING
+    models: tuple[ModelDrafts, ...] = ()  # of which the best is asked
 
     @property
     def basis(self) -> Basis:
         """Measured where all figures are."""
-        used = [part for part in (self.ngram, self.mtp) if part is not None]
+        used = (self.ngram, *(model.acceptance for model in self.models))
         return "measured" if all(part.basis == "measured" for part in used) else "estimated"
 
     def gain(self, num_sequences: float, step_s: Callable[[float], float]) -> float:
         """Tokens per second over those without drafts, at the depths that give most.
 
         `step_s` gives the seconds of a step of these sequences by its number of tokens. Where no
-        draft pays the policy asks for none, so that the gain is at least 1.
+        draft pays the policy asks for none, so that the gain is at least 1. A model drafts where
+        nothing was looked up.
         """
         plain_s = step_s(num_sequences)
         best = 1.0
-        coverage = self.ngram.coverage if self.ngram is not None else 0.0
-        for looked_up in range(_most(self.ngram) + 1):
-            for drafted in range(_most(self.mtp) + 1):
-                emitted = 1.0
-                tokens = num_sequences
-                draft_s = 0.0
-                if self.ngram is not None and looked_up:
-                    emitted += coverage * self.ngram.expected(looked_up)
-                    tokens += num_sequences * coverage * looked_up
-                if self.mtp is not None and drafted:
-                    rest = 1.0 - coverage
-                    emitted += rest * self.mtp.expected(drafted)
-                    tokens += num_sequences * rest * drafted
-                    draft_s = drafted * self.run_share * step_s(max(1.0, num_sequences * rest))
-                best = max(best, emitted * plain_s / (step_s(tokens) + draft_s))
+        coverage, rest = self.ngram.coverage, 1.0 - self.ngram.coverage
+        run_s = step_s(max(1.0, num_sequences * rest))
+        for model in self.models or (ModelDrafts(NOTHING, 0.0),):
+            for looked_up in range(len(self.ngram.by_position) + 1):
+                for drafted in range(len(model.acceptance.by_position) + 1):
+                    emitted = 1.0 + coverage * self.ngram.expected(looked_up)
+                    emitted += rest * model.acceptance.expected(drafted)
+                    verified = coverage * looked_up + rest * drafted
+                    seconds = step_s(num_sequences * (1.0 + verified))
+                    seconds += drafted * model.run_share * run_s
+                    best = max(best, emitted * plain_s / seconds)
         return best
 
 
 class MeasuredDrafts(msgspec.Struct, frozen=True):
-    """What serving has shown of the drafters so far."""
+    """What serving has shown of the drafters so far, by name."""
 
-    acceptance: dict[str, Acceptance]
-    run_share: float | None  # of the module
+    acceptance: dict[str, Acceptance] = {}
+    run_share: dict[str, float] = {}
+
+    def renewed(self, newer: "MeasuredDrafts") -> "MeasuredDrafts":
+        """With what is known anew in place of the old."""
+        return MeasuredDrafts(self.acceptance | newer.acceptance, self.run_share | newer.run_share)
 
 
 def measured_drafts(report: SpeculationReport) -> MeasuredDrafts:
     """Take from the policy's report what enough drafts stand behind."""
     num_steps = sum(report.depth_histogram)
     acceptance: dict[str, Acceptance] = {}
-    run_share = None
+    run_share: dict[str, float] = {}
     for drafter in report.drafters:
-        if drafter.num_drafted_tokens < _ENOUGH_DRAFTED:
-            continue
-        coverage = min(1.0, drafter.num_drafts / num_steps) if drafter.depth is None else 1.0
-        acceptance[drafter.name] = Acceptance(coverage, drafter.acceptance_by_position, "measured")
         if drafter.depth is not None:
-            run_share = _run_share(drafter, dict(report.step_s))
+            share = _run_share(drafter, dict(report.step_s))
+            if share is not None:
+                run_share[drafter.name] = share
+        if drafter.num_drafted_tokens >= _ENOUGH_DRAFTED:
+            coverage = min(1.0, drafter.num_drafts / num_steps) if drafter.depth is None else 1.0
+            acceptance[drafter.name] = Acceptance(
+                coverage, drafter.acceptance_by_position, "measured"
+            )
     return MeasuredDrafts(acceptance, run_share)
 
 
@@ -106,7 +119,3 @@ def _run_share(drafter: DrafterReport, step_s: dict[int, float]) -> float | None
         if num_sequences in step_s
     ]
     return sum(shares) / len(shares) if shares else None
-
-
-def _most(acceptance: Acceptance | None) -> int:
-    return len(acceptance.by_position) if acceptance is not None else 0

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.ledger import DeploymentPlan, Ledger, kv_token_bytes, mib
+from engine.ledger import DeploymentPlan, Ledger, kv_token_bytes, mib, planned_weights_bytes
 from engine.loader import ModelHeaders, plan_headers
 from engine.models.mtp import module_weights_bytes
 from engine.planning.calibration import (
@@ -24,7 +24,14 @@ from engine.planning.calibration import (
     known_calibration,
 )
 from engine.planning.cost_model import CostModel, Speed
-from engine.planning.drafting import SHIPPED_NGRAM, Acceptance, Drafting, MeasuredDrafts
+from engine.planning.drafting import (
+    SHIPPED_NGRAM,
+    UNKNOWN_MODEL,
+    Acceptance,
+    Drafting,
+    MeasuredDrafts,
+    ModelDrafts,
+)
 from engine.planning.proposal import Proposal, settings_of
 from engine.planning.quality import Quality, QualityKey, quality_of, text_digest
 from engine.speculation.load import choose_head
@@ -92,7 +99,7 @@ class Planner:
         self._digest = _model_digest(headers)
         self._calibrating = threading.Lock()  # two at once would time each other
         # What serving has shown of the drafters so far; whoever serves renews it.
-        self.measured_drafts = MeasuredDrafts({}, None)
+        self.measured_drafts = MeasuredDrafts()
 
     def plan(self, config: EngineConfig) -> DeploymentPlan:
         """Raises ConfigError where a value cannot work; memory has no say here."""
@@ -137,24 +144,25 @@ class Planner:
 
     def _drafting(self, config: EngineConfig, plan: DeploymentPlan) -> Drafting | None:
         """What is known of the drafters that `config` turns on; None where there are none."""
-        measured = self.measured_drafts
-        ngram = mtp = None
-        run_share = 0.0
+        known, headers = self.measured_drafts, self.headers
+        checkpoint = headers.checkpoint
+        target_bytes = plan.ledger.weights_bytes
+        # Of a run that was never timed: as much of a step's time as of the weights that it reads.
+        models: list[ModelDrafts] = []
+        head = choose_head(config, checkpoint.spec, checkpoint.tensors)
+        if head is not None:
+            shipped = UNKNOWN_MODEL
+            if head.acceptance_by_position:
+                shipped = Acceptance(1.0, tuple(head.acceptance_by_position), "estimated")
+            share = module_weights_bytes(head, checkpoint.spec, headers.isa) / target_bytes
+            models.append(_model_drafts("mtp", known, shipped, share))
+        if headers.draft is not None and config.drafts_with_model:
+            share = planned_weights_bytes(headers.draft.weights, headers.isa) / target_bytes
+            models.append(_model_drafts("draft", known, UNKNOWN_MODEL, share))
         if config.speculation in ("auto", "ngram"):
-            ngram = measured.acceptance.get("ngram", SHIPPED_NGRAM)
-        checkpoint = self.headers.checkpoint
-        found = choose_head(config, checkpoint.spec, checkpoint.tensors)
-        if found is not None:
-            shipped = Acceptance(1.0, found.acceptance_by_position, "estimated")
-            mtp = measured.acceptance.get("mtp", shipped)
-            # Until it was timed: as much of a step's time as of the weights that it reads.
-            run_bytes = module_weights_bytes(found, checkpoint.spec, self.headers.isa)
-            run_share = run_bytes / plan.ledger.weights_bytes
-            if measured.run_share is not None and mtp.basis == "measured":
-                run_share = measured.run_share
-        if ngram is None and mtp is None:
-            return None
-        return Drafting(ngram=ngram, mtp=mtp, run_share=run_share)
+            ngram = known.acceptance.get("ngram", SHIPPED_NGRAM)
+            return Drafting(ngram=ngram, models=tuple(models))
+        return Drafting(models=tuple(models)) if models else None
 
     def quality_key(self, plan: DeploymentPlan) -> QualityKey:
         """Name what the quality of this plan depends on."""
@@ -287,6 +295,12 @@ def _routes(config: EngineConfig, plan: DeploymentPlan, sequence_tokens: int) ->
     if by_memory < config.max_sequences:
         return Routes(sequence_tokens, by_memory, "kv")
     return Routes(sequence_tokens, config.max_sequences, "max_sequences")
+
+
+def _model_drafts(
+    name: str, known: MeasuredDrafts, shipped: Acceptance, run_share: float
+) -> ModelDrafts:
+    return ModelDrafts(known.acceptance.get(name, shipped), known.run_share.get(name, run_share))
 
 
 def _model_digest(headers: ModelHeaders) -> str:

@@ -146,7 +146,7 @@ def _speculation(headers: ModelHeaders, config: EngineConfig) -> list[Technique]
                 and (name != "draft" or headers.draft is not None),
                 evidence=evidence if built else f"{evidence}; this build has no such drafter",
                 needs=needs,
-                setting={"speculation": name} if has_parts and built else None,
+                setting={"speculation": name} if has_parts and built and not needs else None,
             )
         )
     return rows

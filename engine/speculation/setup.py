@@ -36,7 +36,9 @@ _DRAFTS_SHARE = 0.2  # of these, for drafts
 _CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
 _CALIBRATED_SEQUENCES = (1, 4, 16, 64)
 MOST_CALIBRATED_TOKENS = max(_CALIBRATED_TOKENS)
-_CALIBRATION_ROUNDS = 3
+# Small ones are what most steps are, and the ones that a short disturbance distorts.
+_SMALL_SIZE = 8
+_SMALL_SIZE_ROUNDS = 3
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,14 +153,15 @@ def calibrate(
 def _best_times_s(
     probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
 ) -> list[tuple[int, float]]:
-    """The least time of each size over a few rounds, of those that the time is enough for."""
+    """The least of a few times of each size, of those that the time is enough for."""
     best_s: dict[int, float] = {}
-    for _ in range(_CALIBRATION_ROUNDS):
-        for size in sizes:
-            # One of twice the size takes twice the time at most.
-            less = [one for one in best_s if one <= size]
-            most_s = best_s[max(less)] * size / max(less) if less else 0.0
-            if time.monotonic() + most_s < ends_at_s:
-                seconds = probe(size)
-                best_s[size] = min(seconds, best_s.get(size, seconds))
+    if sizes:
+        probe(sizes[0])  # the first run meets cold caches
+    for size in sizes:
+        # One of twice the size takes twice the time at most.
+        less = [one for one in best_s if one <= size]
+        most_s = best_s[max(less)] * size / max(less) if less else 0.0
+        if time.monotonic() + most_s < ends_at_s:
+            count = _SMALL_SIZE_ROUNDS if size <= _SMALL_SIZE else 1
+            best_s[size] = min(probe(size) for _ in range(count))
     return list(best_s.items())

@@ -167,7 +167,7 @@ function ended(status) {
 }
 
 function segments(name, title, values, chosen) {
-  return element("fieldset", {}, element("legend", {}, title),
+  return element("fieldset", { class: values.length > 5 ? "wide" : null }, element("legend", {}, title),
     element("div", { class: "segments" }, ...values.map((value) =>
       element("label", {},
         element("input", { type: "radio", name, value, checked: value === chosen }),

@@ -60,7 +60,7 @@ export function receiptNode(receipt) {
     facts.push(["Quality", `KL ${quality.kl_divergence.toFixed(4)}, same token ${percent(quality.top1_agreement)} (${quality.basis})`]);
   } else if (quality) facts.push(["Quality", quality.note || quality.basis]);
   if (receipt.longest_pause_s) facts.push(["Longest pause", `${(1000 * receipt.longest_pause_s).toFixed(0)} ms`]);
-  if (receipt.build_s) facts.push(["Built in", `${receipt.build_s.toFixed(1)} s, ${receipt.mode}`]);
+  if (receipt.build_s) facts.push(["Built in", `${receipt.build_s.toFixed(1)} s, ${receipt.mode.replace("_", " ")}`]);
   return element("article", { class: "receipt" },
     element("div", {},
       element("span", { class: `outcome ${receipt.outcome}` }, receipt.outcome.replace("_", " ")),

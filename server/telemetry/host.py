@@ -4,6 +4,7 @@ The poller's thread calls it. Everything comes from files of the kernel; one tha
 not for us to read is named in the sample and not asked for again.
 """
 
+import errno
 import os
 import platform
 import time
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 _MICRO = 1e-6
 _LIMITS_INTERVAL_S = 10.0  # those of control groups change rarely
+# A machine that is short of something for a moment has its sensors still.
+_PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
 
 
 class HostReader:
@@ -79,7 +82,11 @@ class HostReader:
             return read()
         except PermissionError:
             self._unavailable[sensor] = "not permitted"
-        except (OSError, ValueError, IndexError, StopIteration):
+        except OSError as error:
+            if error.errno in _PASSING_ERRORS:
+                return None
+            self._unavailable[sensor] = "not on this machine"
+        except (ValueError, IndexError, StopIteration):
             self._unavailable[sensor] = "not on this machine"
         return None
 

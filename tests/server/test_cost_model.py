@@ -62,7 +62,7 @@ def test_forecasts_that_are_wrong_are_corrected() -> None:
     for _ in range(200):
         ask = Ask(rank_s=0.0, num_prompt_tokens=200, max_tokens=10)
         predicted_s = forecast(ask, (), model.costs, limits).ttft_s
-        model.observe_first_token(200, 0, predicted_s, 0.3)
+        model.observe_first_token(200, 0, predicted_s / model.costs.ttft_scale, 0.3)
     assert predicted_s == pytest.approx(0.3, rel=0.1)
 
 

@@ -108,6 +108,17 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_computed() 
     run(main())
 
 
+def test_a_short_answer_meets_a_deadline_that_the_usual_one_would_not() -> None:
+    async def main() -> None:
+        async with serve(FakeEngine(step_s=0.01)) as served:
+            for _ in range(3):
+                assert (await served.post(PATH, BODY | {"max_tokens": 150}))[0] == 200
+            await served.wait_idle()
+            assert (await served.post(PATH, BODY | {"max_tokens": 1, "timeout": 1}))[0] == 200
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [("timeout", [0, -1, 1e9, "1"]), ("priority", [101, -101, 1.5, "high"])],
@@ -145,6 +156,21 @@ def test_a_full_queue_makes_room_for_higher_priority_lowest_first() -> None:
             engine.hold(False)
             done = await asyncio.gather(low[0], low[1], low[4], high, higher)
             assert [status for status, _ in done] == [200] * 5
+
+    run(main())
+
+
+def test_who_is_refused_in_any_case_sheds_nobody() -> None:
+    async def main() -> None:
+        engine = FakeEngine(max_sequences=2)
+        async with serve(engine, max_sequences=2, max_queue=2) as served:
+            engine.hold()
+            low = [asyncio.create_task(served.post(PATH, BODY)) for _ in range(4)]
+            await wait_for(lambda: len(engine.submits) == 4)
+            status, _, _ = await refusal(served, BODY | {"priority": -1, "n": 5})
+            assert status == 400
+            engine.hold(False)
+            assert [status for status, _ in await asyncio.gather(*low)] == [200] * 4
 
     run(main())
 

@@ -97,6 +97,12 @@ def test_chat_streams_and_an_apply_switches_the_level_meanwhile(
         expect(answer).not_to_have_class(re.compile("error"))
         expect(page.locator("#receipts .receipt")).to_have_count(1)
 
+        page.get_by_label("Lookup").check(force=True)
+        expect(apply).to_be_enabled(timeout=SLOW_MS)
+        apply.click()
+        expect(receipt).to_contain_text("Speculation auto → ngram", timeout=SLOW_MS)
+        expect(page.locator("#receipts .receipt")).to_have_count(2)
+
 
 def test_the_page_fits_a_phone_and_needs_the_key_that_is_set(
     browser: Any, start_server: Callable[..., ServerProcess]
@@ -113,6 +119,8 @@ def test_the_page_fits_a_phone_and_needs_the_key_that_is_set(
     expect(page.locator(".levels-table")).to_be_visible()
     width = page.locator("html").evaluate("html => html.scrollWidth")
     assert width <= PHONE["width"], "the page scrolls sideways"
+    for choices in page.locator(".segments").all():
+        assert choices.evaluate("c => c.scrollWidth <= c.clientWidth"), "a choice is cut off"
     # Every control can be named by a screen reader.
     for control in page.locator("button, input, textarea").all():
         name = control.evaluate(

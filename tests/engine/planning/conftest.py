@@ -50,7 +50,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tiny: Path) -> EngineConfig:
-    return EngineConfig(model=str(tiny), num_threads=1, max_sequences=8, kv_memory_bytes=4 << 20)
+    return EngineConfig(
+        model=str(tiny),
+        num_threads=1,
+        max_sequences=8,
+        kv_memory_bytes=4 << 20,
+        speculation="off",
+    )
 
 
 class Bench:

@@ -214,7 +214,7 @@ def test_drafters_that_slow_it_down_are_taken_back(
     status = bench.apply(speculation="ngram", auto_rollback=True)
     assert status.state == "rolled_back", status.detail
     assert status.receipt is not None
-    assert status.receipt.after["speculation"] == "off"
+    assert status.receipt.after["speculation"] == status.receipt.before["speculation"] == "off"
     assert _drafters(bench) == set()
     _assert_complete(bench, counts)
 

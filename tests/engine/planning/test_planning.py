@@ -7,13 +7,16 @@ import pytest
 
 from engine.config import ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
-from engine.planning.calibration import Calibration, Timing, calibrate
+from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
+from engine.planning.drafting import Acceptance, Drafting, ModelDrafts
+from engine.planning.observer import Observer
 from engine.planning.preview import Planner
 from engine.planning.proposal import Proposal, parse_size
 from engine.planning.qualification import qualify
 from engine.planning.quality import compare, measure, quality_of
+from engine.types import EngineLoad, StepReport, TokenEvent
 
 
 @pytest.fixture
@@ -109,7 +112,7 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
     other = planner.plan(msgspec.structs.replace(config, kv_dtype="int8"))
     assert planner.calibration(other, measure=False) is None, "kept under another setting's name"
     model = CostModel(first)
-    assert model.decode_step_s(1, 4) == pytest.approx(first.decode[1].seconds)
+    assert model.decode_step_s(1, SHORT_PROMPT) == pytest.approx(first.decode[1].seconds)
     speed = planner.preview(config, Proposal(), available_bytes=1 << 40, measure=False).speed
     assert speed is not None
     for interval in (speed.decode_tokens_per_s, speed.total_tokens_per_s, speed.ttft_ms):
@@ -132,7 +135,7 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
     )
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
-    assert model.decode_step_s(1, 1004) == pytest.approx(0.011)
+    assert model.decode_step_s(1, 1000 + SHORT_PROMPT) == pytest.approx(0.011)
     assert model.prefill_s(128) == pytest.approx(0.1)
     assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
     assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1
@@ -203,3 +206,41 @@ def test_the_calibration_does_not_read_the_weights(
     headers = hollow.headers
     result = calibrate(headers.checkpoint.spec, hollow.plan(config), headers.isa, 1, keep=False)
     assert result.decode[1].seconds > 0
+
+
+def test_drafts_gain_what_their_acceptance_and_their_cost_leave() -> None:
+    def flat(num_tokens: float) -> float:
+        return 0.01
+
+    def steep(num_tokens: float) -> float:
+        return 0.01 * num_tokens
+
+    certain = Acceptance(1.0, (1.0, 1.0), "measured")
+    free = Drafting(models=(ModelDrafts(certain, 0.0),))
+    assert free.gain(1, flat) == pytest.approx(3.0)
+    assert free.gain(8, steep) == pytest.approx(1.0), "where a row costs a step nothing is gained"
+    dear = Drafting(models=(ModelDrafts(certain, 0.5),))
+    assert dear.gain(1, flat) == pytest.approx(3.0 / 2.0)
+    hopeless = Drafting(models=(ModelDrafts(Acceptance(1.0, (0.0,), "measured"), 0.5),))
+    assert hopeless.gain(1, flat) == 1.0, "the policy does not draft then"
+    half = Drafting(ngram=Acceptance(0.5, (1.0,), "estimated"))
+    assert half.gain(4, flat) == pytest.approx(1.5)
+    assert (free.basis, half.basis) == ("measured", "estimated")
+
+
+def test_steps_with_drafts_count_what_they_emit() -> None:
+    def step(events: int, tokens: int, num_step_tokens: int, num_drafted: int) -> StepReport:
+        emitted = tuple(TokenEvent(i, tuple(range(tokens))) for i in range(events))
+        load = EngineLoad(num_running=events, num_held_blocks=events)
+        return StepReport(emitted, load, 0.01, num_step_tokens, num_drafted)
+
+    observer = Observer()
+    observer.observe(step(2, 3, 6, 4))  # both texts verified two drafts, all of them accepted
+    observer.observe(step(2, 1, 2, 0))
+    observer.observe(step(2, 1, 34, 0))  # beside a prompt of 32
+    window = observer.window(0.0, None)
+    assert window is not None
+    assert window.num_steps == 2
+    assert window.mean_sequences == 2
+    assert window.mean_emitted == pytest.approx(2.0)
+    assert window.tokens_per_s == pytest.approx(8 / 0.02)

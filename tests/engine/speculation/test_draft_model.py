@@ -225,5 +225,3 @@ def test_what_cannot_work_says_so(target: Path, tmp_path: Path) -> None:
         load_model(config(target, Path("nowhere")))
     with pytest.raises(ConfigError, match="--speculation draft: needs --draft-model"):
         EngineConfig(speculation="draft")
-    with pytest.raises(ConfigError, match="--draft-model m: needs --speculation auto or draft"):
-        EngineConfig(draft_model="m", speculation="ngram")
