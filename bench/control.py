@@ -49,6 +49,8 @@ async def apply_under_load(model: str, num_streams: int) -> int:
         {"quantization": "int4"},
         {"kv_dtype": "int8"},
         {"kv_dtype": "bf16"},
+        {"speculation": "off"},
+        {"speculation": "auto"},
     ]
     options = ["--model", model, "--quantization", "int4", "--kv-memory", "256MiB"]
     rows = [("applied", "state", "mode", "build s", "switch s", "engine's longest pause ms")]

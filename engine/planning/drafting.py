@@ -1,7 +1,8 @@
 """What drafting adds to speed, from the cost of steps and how often drafts are accepted.
 
 The planner makes one `Drafting` for a setting: of figures measured while serving where there are
-enough, else of those that the drafters were shipped with. The cost model asks it for the gain.
+enough, else of what a head was shipped with; lookup adds nothing until then. The cost model asks it
+for the gain.
 """
 
 from collections.abc import Callable
@@ -32,10 +33,10 @@ class Acceptance(msgspec.Struct, frozen=True):
         return expected
 
 
-# Prompt lookup, as measured on answers to Spec-Bench's prompts: how often a draft is at hand that
-# pays, and what becomes of it.
-SHIPPED_NGRAM = Acceptance(0.12, (0.66, 0.74, 0.78, 0.80, 0.82, 0.83, 0.85, 0.85), "estimated")
-# A model's drafts that were never measured anywhere.
+# How often texts repeat themselves is not known before they are served: until it was measured here,
+# lookup is taken to add nothing, and so to cost nothing.
+UNMEASURED_NGRAM = Acceptance(0.0, (), "estimated")
+# Of a model whose drafts were never measured anywhere, as the policy begins with.
 UNKNOWN_MODEL = Acceptance(1.0, (0.5,) * 4, "estimated")
 NOTHING = Acceptance(0.0, (), "measured")
 

@@ -25,8 +25,8 @@ from engine.planning.calibration import (
 )
 from engine.planning.cost_model import CostModel, Speed
 from engine.planning.drafting import (
-    SHIPPED_NGRAM,
     UNKNOWN_MODEL,
+    UNMEASURED_NGRAM,
     Acceptance,
     Drafting,
     MeasuredDrafts,
@@ -160,7 +160,7 @@ class Planner:
             share = planned_weights_bytes(headers.draft.weights, headers.isa) / target_bytes
             models.append(_model_drafts("draft", known, UNKNOWN_MODEL, share))
         if config.speculation in ("auto", "ngram"):
-            ngram = known.acceptance.get("ngram", SHIPPED_NGRAM)
+            ngram = known.acceptance.get("ngram", UNMEASURED_NGRAM)
             return Drafting(ngram=ngram, models=tuple(models))
         return Drafting(models=tuple(models)) if models else None
 

@@ -100,7 +100,7 @@ export class Settings {
     if (!isSame) rows.push(["Proposed", proposed]);
     const nodes = [
       element("div", { class: "bars" }, ...rows.flatMap(([name, side]) => bar(name, side.memory, scale))),
-      legend(proposed.memory.components),
+      legend(proposed.memory.components, today.memory.components),
     ];
     if (!proposed.memory.fits) nodes.push(this.shortage(proposed.memory));
     nodes.push(comparison(today, proposed, isSame));
@@ -213,8 +213,9 @@ function bar(name, memory, scale) {
     element("span", { class: "total" }, bytes(memory.total_bytes))];
 }
 
-function legend(components) {
-  return element("ul", { class: "legend" }, ...COMPONENTS.filter((part) => components[part]).map((part) =>
+function legend(components, others) {
+  const parts = COMPONENTS.filter((part) => components[part] || others[part]);
+  return element("ul", { class: "legend" }, ...parts.map((part) =>
     element("li", {}, element("i", { class: part }), `${COMPONENT_NAMES[part]} ${bytes(components[part])}`)));
 }
 
