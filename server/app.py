@@ -89,6 +89,7 @@ def create_app(
         gate,
         metrics,
         stale_s=settings.health_stale_s,
+        stuck_s=settings.stuck_step_s,
     )
     app.on_response_prepare.append(_set_request_id)
     app.cleanup_ctx.append(_telemetry)

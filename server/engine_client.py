@@ -51,6 +51,7 @@ class EngineClient:
         metrics: Metrics,
         *,
         stale_s: float,
+        stuck_s: float,
     ) -> None:
         self.tokenizer = tokenizer
         self.gate = gate
@@ -59,6 +60,7 @@ class EngineClient:
         self._make_engine = make_engine
         self._metrics = metrics
         self._stale_s = stale_s
+        self._stuck_s = stuck_s
         self._engine: EngineThread | None = None
         self._seq_ids = itertools.count(1)
         self._streams: dict[int, tuple[Generation, Stream]] = {}
@@ -103,11 +105,14 @@ class EngineClient:
         return "engine stale" if self._engine.heartbeat_age_s() > self._stale_s else "ok"
 
     async def speculation(self) -> SpeculationReport:
-        """What the engine thread says of speculation; raises a 503 where it has ended."""
+        """What the engine thread says of speculation; raises a 503 where it does not answer."""
         if self._engine is not None and self._engine.is_alive():
             inquiry = self._engine.speculation()
             try:
-                return await asyncio.wrap_future(inquiry)
+                async with asyncio.timeout(self._stale_s):
+                    return await asyncio.wrap_future(inquiry)
+            except TimeoutError:
+                raise _stuck() from None
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -115,12 +120,15 @@ class EngineClient:
         raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
     def check(self) -> None:
-        """Look for what no event tells of: a dead engine, a device in trouble."""
+        """Look for what no event tells of: a dead or stuck engine, a device in trouble."""
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
             self._num_open -= len(self._streams)
             self._streams.clear()
+        elif self.heartbeat_age_s > self._stuck_s:
+            # They keep their places, and the engine its blocks, until the step comes back.
+            self.fail_all(_stuck())
         self.gate.look()
         num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
         if num_too_many:
@@ -315,6 +323,11 @@ class EngineClient:
         if reason in ("stop", "length") and stream.num_tokens:
             self.gate.costs.observe_end(stream.num_tokens)
         self._metrics.observe_end("error" if event.finish_reason == "error" else reason, duration_s)
+
+
+def _stuck() -> ApiError:
+    message = "The engine does not come back from a step."
+    return ApiError(503, message, code="engine_stale", retry_after_s=10.0)
 
 
 def _shutting_down() -> ApiError:
