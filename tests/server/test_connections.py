@@ -148,6 +148,21 @@ def test_what_is_no_http_or_has_too_much_of_it_is_a_400_in_the_envelope(sent: by
     run(main())
 
 
+def test_a_body_that_cannot_be_decoded_is_a_400_and_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with serve() as served:
+            data = b"this is no gzip"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            rest = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
+            answer, _ = await exchange(served, head + rest + data)
+            assert error_of(answer)[0] == 400
+
+    run(main())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_an_expectation_that_is_not_known_is_a_417_in_the_envelope() -> None:
     async def main() -> None:
         async with serve() as served:
