@@ -73,6 +73,14 @@ def test_receipts_are_kept_as_json_lines(make_bench: MakeBench, tmp_path: Path) 
     assert receipt["speed"]["num_steps"] >= 24, "an idle engine must be probed"
 
 
+def test_a_full_disk_costs_the_file_of_receipts_alone(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.applier.receipts.path = Path("/dev/full")
+    assert bench.apply(max_sequences=4).state == "done"
+    (receipt,) = bench.applier.latest_receipts()
+    assert receipt.outcome == "kept"
+
+
 def _fail(*_: Any, **__: Any) -> Deployment:
     raise ConfigError("planted: the file is gone")
 
