@@ -57,6 +57,7 @@ class EngineClient:
         self.gate = gate
         self.load = EngineLoad()
         self.draining = False
+        self.parked_since_s: float | None = None  # while an apply has taken the core away
         self._make_engine = make_engine
         self._metrics = metrics
         self._stale_s = stale_s
@@ -98,6 +99,11 @@ class EngineClient:
     @property
     def heartbeat_age_s(self) -> float:
         return 0.0 if self._engine is None else self._engine.heartbeat_age_s()
+
+    @property
+    def parked_s(self) -> float:
+        """How long requests have been waiting for the core that an apply builds."""
+        return 0.0 if self.parked_since_s is None else time.monotonic() - self.parked_since_s
 
     def engine_state(self) -> EngineState:
         if self._engine is None or not self._engine.is_alive():
@@ -149,6 +155,10 @@ class EngineClient:
             raise self.gate.refuse("engine_dead", num_sequences)
         if state == "engine stale":
             raise self.gate.refuse("engine_stale", num_sequences)
+        if self.parked_s > self.gate.limits.max_ttft_s:
+            self._metrics.observe_decision("parked", num_sequences)
+            message = "A setting is being applied, which takes long. Try again later."
+            raise ApiError(503, message, code="applying", retry_after_s=10.0)
         ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
         self._make_room(ask)
         self.gate.decide(arrival, ask, self._open_load(), is_final=False)

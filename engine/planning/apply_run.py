@@ -133,6 +133,7 @@ class ApplyRun:
                 self._old,
                 loaded=msgspec.structs.replace(self._old.loaded, core=None, speculation=OFF),
             )
+            applier.announce(self._old, min(shorter, length))
             try:
                 new = self._timed_build(config)
                 self._check(new)
@@ -251,6 +252,7 @@ class ApplyRun:
             applier.announce(new, min(old.loaded.max_model_len, new.loaded.max_model_len))
             if self._status.mode == "drain":
                 settle(applier.engine().park(0.0), _PARK_TIMEOUT_S)
+                applier.announce(old, min(old.loaded.max_model_len, new.loaded.max_model_len))
                 applier.deployment = old
                 del new  # its memory is needed
                 self._build_again(old.config)
