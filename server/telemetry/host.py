@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -155,8 +156,13 @@ class HostReader:
         """PSI of the last 10 s as shares of the time, the machine's own."""
         shares: dict[str, float] = {}
         for resource in ("cpu", "memory", "io"):
-            text = self._ask(f"{resource} pressure", (self._proc / "pressure" / resource).read_text)
-            for line in (text or "").splitlines():
-                kind, average, *_ = line.split()
-                shares[f"{resource} {kind}"] = float(average.removeprefix("avg10=")) / 100
+            read = partial(self._resource_pressure, resource)
+            shares |= self._ask(f"{resource} pressure", read) or {}
+        return shares
+
+    def _resource_pressure(self, resource: str) -> dict[str, float]:
+        shares = {}
+        for line in (self._proc / "pressure" / resource).read_text().splitlines():
+            kind, average, *_ = line.split()
+            shares[f"{resource} {kind}"] = float(average.removeprefix("avg10=")) / 100
         return shares

@@ -91,9 +91,7 @@ class NvmlReader:
         self._fault = None
         ask, gpu = self._ask, self.gpu
         memory = self._memory()
-        processes = ask(
-            "processes", lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(self.device)
-        )
+        processes = ask("processes", lambda: _processes(self.device))
         utilization = ask("utilization", lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu))
         sm_clock = pynvml.NVML_CLOCK_SM
         reasons = ask("throttle reasons", lambda: _throttle_reasons(gpu)) or 0
@@ -178,6 +176,14 @@ def _find_gpu(uuid: str) -> Any:
         if str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(uuid):
             return gpu
     raise NoDevice(f"there is no {uuid}")
+
+
+def _processes(device: Any) -> list[Any]:
+    # By their numbers: the binding's name without one hides that a driver lacks it.
+    try:
+        return list(pynvml.nvmlDeviceGetComputeRunningProcesses_v3(device))
+    except pynvml.NVMLError_FunctionNotFound:  # before driver 510
+        return list(pynvml.nvmlDeviceGetComputeRunningProcesses_v2(device))
 
 
 def _others_bytes(processes: list[Any]) -> int | None:

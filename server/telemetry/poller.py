@@ -109,11 +109,14 @@ class Poller:
         self, name: str, read: Callable[[], None], close: Callable[[], None] = lambda: None
     ) -> None:
         def run() -> None:
+            told = ""
             while not self._stopping.is_set():
                 try:
                     read()
-                except Exception:
-                    logger.exception("a reading of the sensors failed")
+                except Exception as error:
+                    if repr(error) != told:  # twice a second would fill a disk
+                        logger.exception("a reading of the sensors failed")
+                    told = repr(error)
                 self._stopping.wait(self._interval_s)
             close()
 

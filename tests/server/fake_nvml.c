@@ -221,14 +221,24 @@ static long add_process(const char* line, void* data) {
   return 0;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned* count, Process* out) {
-  (void)device;
-  CHECK_FAULT();
+static int list_processes(unsigned* count, Process* out) {
   struct Processes all = {out, out ? *count : 0, 0};
   each_line(add_process, &all);
   int fits = all.count <= all.capacity;
   *count = all.count;
   return fits ? kSuccess : kInsufficientSize;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned* count, Process* out) {
+  (void)device;
+  CHECK_FAULT();
+  return list_processes(count, out);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v2(Device device, unsigned* count, Process* out) {
+  (void)device;
+  CHECK_FAULT();
+  return list_processes(count, out);
 }
 
 int nvmlDeviceGetUtilizationRates(Device device, Utilization* out) {

@@ -60,6 +60,31 @@ def test_every_file_is_read_in_its_units(tmp_path: Path) -> None:
     assert second.energy_j == 1002.0  # the counter went around once
 
 
+def test_a_file_that_makes_no_sense_costs_its_sensor_alone(tmp_path: Path) -> None:
+    plant_memory(tmp_path, total_mib=1000, available_mib=300, own_mib=200)
+    write(tmp_path, "proc/pressure/memory", "what\n")
+    write(tmp_path, "proc/pressure/cpu", "some avg10=50.00 avg60=0 total=1\n")
+    write(tmp_path, "proc/stat", "cpu\n")
+    sample = HostReader(tmp_path).read()
+    assert sample.memory_total_bytes == 1000 << 20
+    assert sample.pressure == {"cpu some": 0.5}
+    assert {"memory pressure", "CPU time"} <= set(sample.unavailable)
+
+
+def test_a_reading_that_keeps_failing_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: HostReader) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(HostReader, "read", fail)
+    poller = Poller("host", interval_s=0.01)
+    poller.start()
+    time.sleep(0.2)
+    poller.stop()
+    assert len([record for record in caplog.records if "reading" in record.message]) == 1
+
+
 def test_what_is_not_there_is_named_and_not_asked_again(tmp_path: Path) -> None:
     reader = HostReader(tmp_path)
     sample = reader.read()

@@ -4,6 +4,7 @@ Each test runs a process of its own, since the binding keeps the library that it
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import httpx
 import pytest
 
 from tests.server.fake_engine import MODEL
-from tests.server.fake_nvml import GIB, FakeNvml
+from tests.server.fake_nvml import GIB, SOURCE, FakeNvml
 
 ROOT = Path(__file__).parents[2]
 BODY = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
@@ -110,14 +111,30 @@ def test_an_old_driver_is_asked_by_the_old_names(tmp_path: Path) -> None:
             "nvmlDeviceGetCurrentClocksEventReasons",
             "nvmlDeviceGetMigMode",
             "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetComputeRunningProcesses_v3",
         ),
     )
-    nvml.set(throttle=0x8)
+    nvml.set("process 1 1000", throttle=0x8)
     gpu = read(nvml)["gpu"]
+    assert gpu["memory_others_bytes"] == 1000
     assert (gpu["memory_used_bytes"], gpu["temperature_c"]) == (4 * GIB, 55)
     assert gpu["throttle_reasons"] == ["hardware slowdown"]
     assert gpu["energy_j"] is None
     assert gpu["unavailable"]["energy"] == "not in this driver"
+
+
+def test_a_driver_that_knows_a_device_and_nothing_else_is_no_fault(tmp_path: Path) -> None:
+    kept = {"Init", "Shutdown", "ErrorString", "DeviceGetHandleByIndex"}
+    source = SOURCE.read_text()
+    symbols = set(re.findall(r"\b(nvml[A-Z]\w*)(?= ?\()", source)) | set(
+        re.findall(r"READING\((nvml\w+)", source)
+    )
+    without = [name for name in symbols if not any(name[4:].startswith(one) for one in kept)]
+    assert len(without) > 20
+    gpu = read(FakeNvml(tmp_path, without=without))["gpu"]
+    assert gpu["fault"] is None
+    assert {"memory", "temperature", "processes", "XID events"} <= set(gpu["unavailable"])
+    assert gpu["memory_total_bytes"] is None
 
 
 def test_a_mig_device_has_memory_of_its_own_and_the_rest_of_its_gpu(tmp_path: Path) -> None:
