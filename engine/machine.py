@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 _ROOT = Path("/")
+_NO_LIMIT_BYTES = 1 << 60  # version 1 of control groups has a number for it
 _CPU_FOLDER = Path("/sys/devices/system/cpu")
 
 
@@ -25,8 +26,10 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
     available = [_meminfo_bytes("MemAvailable", root)]
     for folder in cgroup_folders("memory", root):
         limit = _read_integer(folder / "memory.max", folder / "memory.limit_in_bytes")
+        if limit is None or limit >= _NO_LIMIT_BYTES:
+            continue
         used = _read_integer(folder / "memory.current", folder / "memory.usage_in_bytes")
-        if limit is not None and used is not None:
+        if used is not None:
             # The page cache counts as used there, but it makes room.
             available.append(limit - used + _page_cache_bytes(folder))
     return max(0, min(available))

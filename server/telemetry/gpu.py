@@ -12,7 +12,9 @@ from server.telemetry.nvml import NoDevice, NvmlReader
 from server.telemetry.samples import DeviceSample
 from server.telemetry.xid import XidThread
 
-_REOPEN_S = 2.0  # between two attempts to find a device that is gone
+# Between two attempts to find a device that is gone, or that never was there.
+_REOPEN_S = 2.0
+_LOOK_S = 30.0
 
 
 class Gpu:
@@ -53,7 +55,7 @@ class Gpu:
             self._nvml = None
 
     def _open(self) -> None:
-        self._reopen_at_s = time.monotonic() + _REOPEN_S
+        self._reopen_at_s = time.monotonic() + (_REOPEN_S if self._was_there else _LOOK_S)
         try:
             self._nvml = NvmlReader(os.environ.get("CUDA_VISIBLE_DEVICES"))
         except NoDevice as absent:

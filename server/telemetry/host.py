@@ -131,8 +131,9 @@ class HostReader:
         scaling = self._sys / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
         if scaling.exists():
             return int(scaling.read_text()) / 1000
-        lines = (self._proc / "cpuinfo").read_text().splitlines()
-        return float(next(line.split(":")[1] for line in lines if line.startswith("cpu MHz")))
+        # The first CPU's; on a machine of many the kernel takes long to write of all.
+        with (self._proc / "cpuinfo").open() as file:
+            return float(next(line.split(":")[1] for line in file if line.startswith("cpu MHz")))
 
     def _max_frequency_mhz(self) -> float:
         return (
