@@ -201,6 +201,8 @@ def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:
 def _error_response(error: ApiError) -> web.Response:
     response = web.Response(body=error.body(), status=error.status, content_type="application/json")
     response.headers.update(error.headers())
+    if error.status in (408, 413):
+        response.force_close()  # the rest of the body would come before another request
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
