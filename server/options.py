@@ -173,7 +173,7 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         "--stuck-step-s",
         type=_seconds(1.0),
         default=defaults.stuck_step_s,
-        help="age of it that ends open requests with an error (default: %(default)s)",
+        help="age of that heartbeat that ends open requests with an error (default: %(default)s)",
     )
     group.add_argument(
         "--stalled-reader-s",
