@@ -36,8 +36,11 @@ class Deployment(msgspec.Struct, frozen=True):
         """What the core has allocated, and the runtime as the rest of the process's memory.
 
         Pages of the KV cache that no sequence has reached yet are allocated but not touched, so
-        the rest is known only roughly and taken as planned where it cannot be.
+        the rest is known only roughly and taken as planned where it cannot be. So is everything
+        between two cores that memory did not hold at once.
         """
+        if self.loaded.core is None:
+            return self.loaded.ledger
         ledger = measured_ledger(self.loaded.core, self.loaded.num_kv_blocks)
         return replace(
             ledger,

@@ -281,7 +281,8 @@ class Engine:
 
     def _begin_change(self, message: Switch | Park | Redraft) -> None:
         if self._change is not None or self._former is not None:
-            message.done.set_exception(SwitchError("another change of the core is under way"))
+            if _is_wanted(message):
+                message.done.set_exception(SwitchError("another change of the core is under way"))
             return
         if isinstance(message, Redraft):
             self._redraft(message)
@@ -291,6 +292,8 @@ class Engine:
         self._change_until_s = time.monotonic() + wait_s
 
     def _redraft(self, message: Redraft) -> None:
+        if not _is_wanted(message):
+            return
         if self._is_parked:
             message.done.set_exception(SwitchError("there is no core at the moment"))
             return
@@ -306,16 +309,20 @@ class Engine:
     def _try_change(self, message: Switch | Park) -> None:
         is_over = self._heartbeat_s >= self._change_until_s
         if isinstance(message, Park):
-            if is_over or not self._scheduler.has_work:
-                self._change = None
-                self._park(message)
+            has_come = is_over or not self._scheduler.has_work
+        else:
+            needed, length = self._scheduler.longest_end, message.settings.max_model_len
+            has_come = is_over or self._is_parked or needed <= length
+        if not has_come and not message.done.cancelled():
             return
-        needed, length = self._scheduler.longest_end, message.settings.max_model_len
-        if needed <= length:
-            self._change = None
+        self._change = None
+        if not _is_wanted(message):
+            return
+        if isinstance(message, Park):
+            self._park(message)
+        elif needed <= length:
             self._switch(message)
-        elif is_over or self._is_parked:
-            self._change = None
+        else:
             message.done.set_exception(
                 SwitchError(f"a sequence that may grow to {needed} tokens still runs")
             )
@@ -377,12 +384,14 @@ class Engine:
             changes = [m for m in self._inbox if isinstance(m, Switch | Park | Redraft)]
             self._inbox.clear()
         events = self._scheduler.abandon(error)
+        if self._change is not None:
+            changes.append(self._change)
+        changes = [change for change in changes if _is_wanted(change)]
         if self._former is not None:
             events += self._former.runner.scheduler.abandon(error)
             changes.append(self._former.switch)
-        for change in (*changes, self._change):
-            if change is not None:
-                change.done.set_exception(SwitchError(error))
+        for change in changes:
+            change.done.set_exception(SwitchError(error))
         events += [_refusal(message, "error", error) for message in unread]
         self._is_idle = True
         if events:
@@ -401,6 +410,11 @@ class Engine:
         except Exception:
             # A callback that fails, such as one whose event loop has closed, has no readers.
             log.exception("a report was not taken")
+
+
+def _is_wanted(change: Switch | Park | Redraft) -> bool:
+    """Whether its sender still waits for it; from here on it cannot be withdrawn."""
+    return change.done.set_running_or_notify_cancel()
 
 
 def _refusal(message: Submit, reason: FinishReason, error: str | None) -> TokenEvent:

@@ -54,6 +54,20 @@ class SwitchError(RuntimeError):
     """A switch that was not made; the former core serves on."""
 
 
+def settle(done: Future[None], timeout_s: float) -> None:
+    """Wait until the engine thread has made a change; raises SwitchError where it does not.
+
+    One that it has not begun after `timeout_s`, because a step does not return, is withdrawn. Once
+    begun it ends with the engine's own steps.
+    """
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        if done.cancel():
+            raise SwitchError(f"the engine was busy with a step for {timeout_s:g} s") from None
+        done.result()
+
+
 class Former:
     """What served before; the engine steps it beside what serves now, until all have moved."""
 

@@ -51,14 +51,17 @@ class EngineClient:
         metrics: Metrics,
         *,
         stale_s: float,
+        stuck_s: float,
     ) -> None:
         self.tokenizer = tokenizer
         self.gate = gate
         self.load = EngineLoad()
         self.draining = False
+        self.parked_since_s: float | None = None  # while an apply has taken the core away
         self._make_engine = make_engine
         self._metrics = metrics
         self._stale_s = stale_s
+        self._stuck_s = stuck_s
         self._engine: EngineThread | None = None
         self._seq_ids = itertools.count(1)
         self._streams: dict[int, tuple[Generation, Stream]] = {}
@@ -97,17 +100,25 @@ class EngineClient:
     def heartbeat_age_s(self) -> float:
         return 0.0 if self._engine is None else self._engine.heartbeat_age_s()
 
+    @property
+    def parked_s(self) -> float:
+        """How long requests have been waiting for the core that an apply builds."""
+        return 0.0 if self.parked_since_s is None else time.monotonic() - self.parked_since_s
+
     def engine_state(self) -> EngineState:
         if self._engine is None or not self._engine.is_alive():
             return "engine dead"
         return "engine stale" if self._engine.heartbeat_age_s() > self._stale_s else "ok"
 
     async def speculation(self) -> SpeculationReport:
-        """What the engine thread says of speculation; raises a 503 where it has ended."""
+        """What the engine thread says of speculation; raises a 503 where it does not answer."""
         if self._engine is not None and self._engine.is_alive():
             inquiry = self._engine.speculation()
             try:
-                return await asyncio.wrap_future(inquiry)
+                async with asyncio.timeout(self._stale_s):
+                    return await asyncio.wrap_future(inquiry)
+            except TimeoutError:
+                raise _stuck() from None
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -115,12 +126,15 @@ class EngineClient:
         raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
     def check(self) -> None:
-        """Look for what no event tells of: a dead engine, a device in trouble."""
+        """Look for what no event tells of: a dead or stuck engine, a device in trouble."""
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
             self._num_open -= len(self._streams)
             self._streams.clear()
+        elif self.heartbeat_age_s > self._stuck_s:
+            # They keep their places, and the engine its blocks, until the step comes back.
+            self.fail_all(_stuck())
         self.gate.look()
         num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
         if num_too_many:
@@ -141,6 +155,10 @@ class EngineClient:
             raise self.gate.refuse("engine_dead", num_sequences)
         if state == "engine stale":
             raise self.gate.refuse("engine_stale", num_sequences)
+        if self.parked_s > self.gate.limits.max_ttft_s:
+            self._metrics.observe_decision("parked", num_sequences)
+            message = "A setting is being applied, which takes long. Try again later."
+            raise ApiError(503, message, code="applying", retry_after_s=10.0)
         ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
         self._make_room(ask)
         self.gate.decide(arrival, ask, self._open_load(), is_final=False)
@@ -315,6 +333,11 @@ class EngineClient:
         if reason in ("stop", "length") and stream.num_tokens:
             self.gate.costs.observe_end(stream.num_tokens)
         self._metrics.observe_end("error" if event.finish_reason == "error" else reason, duration_s)
+
+
+def _stuck() -> ApiError:
+    message = "The engine does not come back from a step."
+    return ApiError(503, message, code="engine_stale", retry_after_s=10.0)
 
 
 def _shutting_down() -> ApiError:

@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = 256
     grace_s: float = 30.0
     health_stale_s: float = 10.0
+    stuck_step_s: float = 60.0
     stalled_reader_s: float = 60.0
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

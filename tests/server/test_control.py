@@ -235,6 +235,18 @@ def test_admission_follows_an_apply(optimizer: Optimizer, deployment: Deployment
             assert gate.limits.max_sequences == 3
             assert gate.limits.num_blocks == served.app[MODEL].num_kv_blocks
             assert gate.limits.num_blocks == parked.num_kv_blocks
+            # Those who come now wait for the core, unless it has been away for too long already.
+            _, health = await _status(served, "/health")
+            assert health["status"] == "degraded"
+            assert "applied" in health["reasons"][0]
+            body = {"model": served.app[MODEL].name, "prompt": "x", "max_tokens": 1}
+            assert (await served.post("/v1/completions", body))[0] == 200
+            gate.limits = msgspec.structs.replace(gate.limits, max_ttft_s=0.0)
+            status, answer = await served.post("/v1/completions", body)
+            assert (status, answer["error"]["code"]) == (503, "applying")
+            await asyncio.to_thread(applier.announce, deployment, 100)
+            assert (await served.post("/v1/completions", body))[0] == 200
+            assert (await _status(served, "/health"))[1]["status"] == "ok"
 
     run(scenario())
 

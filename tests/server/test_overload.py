@@ -269,24 +269,6 @@ def test_refusals_say_when_to_come_again_and_telemetry_says_why() -> None:
     run(main())
 
 
-def test_a_stuck_step_drains_and_its_return_ends_that() -> None:
-    async def main() -> None:
-        engine = FakeEngine()
-        async with serve(engine, health_stale_s=5.0) as served:
-            engine.heartbeat_at_s = time.monotonic() - 6
-            for check, expected in (("", 503), ("?check=live", 200), ("?check=engine", 503)):
-                async with served.http.get(served.url + "/health" + check) as response:
-                    assert response.status == expected
-                    assert (await response.json())["status"] == "engine stale"
-            status, code, headers = await refusal(served, BODY)
-            assert (status, code) == (503, "engine_stale")
-            assert headers["Retry-After"]
-            engine.heartbeat_at_s = None
-            assert (await served.post(PATH, BODY))[0] == 200
-
-    run(main())
-
-
 def test_without_telemetry_the_load_alone_decides() -> None:
     async def main() -> None:
         async with serve(telemetry="off") as served:
