@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from engine.speculation.cost_curve import CostCurve, FloatArray
+from engine.speculation.cost_curve import CostCurve, FloatArray, Level
 
 # Of a step with as many tokens, for a run of a drafter that was never timed: it is tried, and
 # then it is known.
@@ -16,7 +16,9 @@ class DraftCost:
     def __init__(self, step: CostCurve, max_sequences: int, max_drafts: int) -> None:
         self._step = step
         self._max_drafts = max_drafts
-        self._curves = [CostCurve(max_sequences) for _ in range(max_drafts)]
+        # Most calls ask for one depth: what they show of the machine concerns the others too.
+        level = Level()
+        self._curves = [CostCurve(max_sequences, level) for _ in range(max_drafts)]
         self._cached: dict[int, FloatArray] = {}
         self._num_calls = 0
 
