@@ -26,6 +26,9 @@ LEVEL_WINDOW = 15  # times of all sizes, whose median says how fast the machine 
 # Times of one size, whose median says how it differs from the rest. Longer than twice the other:
 # when the machine changes, the times until that is noticed must not look like those of a size.
 OWN_WINDOW = 32
+# Fewer times say nothing of the size alone: what they show is put down to the machine, which is
+# found out soon where it is wrong, while a size that is wrongly taken for dear is not run again.
+FEWEST_OWN = 5
 SEED_WEIGHT = 2.0  # times that a calibrated one counts as: it was taken in one short moment
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 100.0
@@ -72,7 +75,8 @@ class CostCurve:
         self._num_observed = 0
         self._num_pending = 0  # of these, not in the curve yet
         self._curve: FloatArray = np.zeros(max_size + 1)  # at level 0
-        self._current: FloatArray = self._curve  # at the level of the latest rebuilding
+        self._current: FloatArray = self._curve  # at the level that was the latest one then
+        self._current_level = 0.0
 
     def seed(self, size: int, time_s: float) -> None:
         """Take in a time that was measured on purpose, before serving."""
@@ -106,13 +110,17 @@ class CostCurve:
 
     def times_s(self) -> FloatArray:
         """Return the times by size, index 0 unused; do not write to it."""
+        if self._current_level != self._level.log_factor:
+            self._current_level = self._level.log_factor
+            self._current = self._curve * math.exp(self._current_level)
         return self._current
 
     def points(self) -> list[tuple[int, float]]:
         """Return (size, seconds) of the sizes that were measured."""
         seeded = {self._nearest(size) for size in self._seeds_s}
+        times_s = self.times_s()
         return [
-            (size, float(self._current[size]))
+            (size, float(times_s[size]))
             for index, size in enumerate(self.sizes)
             if index in seeded or self._own[index]
         ]
@@ -133,15 +141,18 @@ class CostCurve:
     def _rebuild(self) -> None:
         self._num_pending = 0
         weights = self._current_weights()
+        weights[[len(times) < FEWEST_OWN for times in self._own]] = 0.0
         own = self._own_medians * weights / (weights + self._seed_weights)
-        fresh = np.flatnonzero(weights >= min(1.0, float(weights.max())))
-        # A size that was not met lately keeps its place among the others, which moved on.
-        others = np.interp(self.sizes, [self.sizes[i] for i in fresh.tolist()], own[fresh])
-        own = (weights * own + others) / (weights + 1.0)
+        fresh = np.flatnonzero(weights >= 1.0)
+        if len(fresh):
+            # A size that was not met lately keeps its place among the others, which moved on.
+            others = np.interp(self.sizes, [self.sizes[i] for i in fresh.tolist()], own[fresh])
+            own = (weights * own + others) / (weights + 1.0)
         times_s = self._seed_curve[list(self.sizes)] * np.exp(own)
         rising_s = never_falling(times_s.tolist(), (weights + LEAST_WEIGHT).tolist())
         self._curve = np.interp(np.arange(self._max_size + 1), self.sizes, rising_s)
-        self._current = self._curve * math.exp(self._level.log_factor)
+        self._current_level = self._level.log_factor
+        self._current = self._curve * math.exp(self._current_level)
 
 
 def _through(seeds_s: dict[int, float], sizes: Row[int]) -> FloatArray:

@@ -107,13 +107,10 @@ def rates_by_depth(
 def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:
     """Return the depth of the highest rate, or the current one unless that is clearly better.
 
-    Depth 0 is returned to without a margin, and left only for twice of it: where it is a close
-    call, a draft costs time for nothing.
+    Depth 0 is returned to without a margin: where it is a close call, a draft costs time for
+    nothing.
     """
     best = int(rates.argmax())
     current = min(current, len(rates) - 1)
-    if best == 0:
-        return 0
-    if current == 0:
-        margin *= 2.0
-    return best if rates[best] > (1.0 + margin) * rates[current] else current
+    is_better = best == 0 or rates[best] > (1.0 + margin) * rates[current]
+    return best if is_better else current
