@@ -69,9 +69,10 @@ class CostCurve:
         # Logarithms of a size's latest times by those of the seeds, at level 0.
         self._own = [deque[float](maxlen=OWN_WINDOW) for _ in self.sizes]
         self._own_medians = np.zeros(len(self.sizes))
-        self._weights = np.zeros(len(self.sizes))  # how many times stand behind each
+        self._changed: set[int] = set()  # sizes whose median is not that of their times any more
+        self._weights = [0.0] * len(self.sizes)  # how many times stand behind each
         self._seed_weights = np.full(len(self.sizes), LEAST_WEIGHT)
-        self._last_seen = np.zeros(len(self.sizes))
+        self._last_seen = [0] * len(self.sizes)
         self._num_observed = 0
         self._num_pending = 0  # of these, not in the curve yet
         self._curve: FloatArray = np.zeros(max_size + 1)  # at level 0
@@ -98,10 +99,11 @@ class CostCurve:
         self._num_observed += 1
         self._level.observe(math.log(time_s / float(self._curve[size])))
         index = self._nearest(size)
-        own = self._own[index]
-        own.append(math.log(time_s / float(self._seed_curve[size])) - self._level.log_factor)
-        self._own_medians[index] = statistics.median(own)
-        weight = float(self._current_weights()[index])
+        log_ratio = math.log(time_s / float(self._seed_curve[size]))
+        self._own[index].append(log_ratio - self._level.log_factor)
+        self._changed.add(index)
+        age = self._num_observed - self._last_seen[index]
+        weight = self._weights[index] * math.exp(-age / STALE_AFTER)
         self._weights[index] = min(weight + 1.0, MAX_WEIGHT)
         self._last_seen[index] = self._num_observed
         self._num_pending += 1
@@ -115,12 +117,15 @@ class CostCurve:
             self._current = self._curve * math.exp(self._current_level)
         return self._current
 
+    def time_s(self, size: int) -> float:
+        """Return the time of one size, without those of the others."""
+        return float(self._curve[size]) * math.exp(self._level.log_factor)
+
     def points(self) -> list[tuple[int, float]]:
         """Return (size, seconds) of the sizes that were measured."""
         seeded = {self._nearest(size) for size in self._seeds_s}
-        times_s = self.times_s()
         return [
-            (size, float(times_s[size]))
+            (size, self.time_s(size))
             for index, size in enumerate(self.sizes)
             if index in seeded or self._own[index]
         ]
@@ -131,16 +136,13 @@ class CostCurve:
             return right - 1
         return right
 
-    def _current_weights(self) -> FloatArray:
-        """How many times stand behind each size, old ones counting less."""
-        weights: FloatArray = self._weights * np.exp(
-            (self._last_seen - self._num_observed) / STALE_AFTER
-        )
-        return weights
-
     def _rebuild(self) -> None:
         self._num_pending = 0
-        weights = self._current_weights()
+        for index in self._changed:
+            self._own_medians[index] = statistics.median(self._own[index])
+        self._changed.clear()
+        ages = self._num_observed - np.array(self._last_seen)
+        weights = np.array(self._weights) * np.exp(-ages / STALE_AFTER)  # old times count less
         weights[[len(times) < FEWEST_OWN for times in self._own]] = 0.0
         own = self._own_medians * weights / (weights + self._seed_weights)
         fresh = np.flatnonzero(weights >= 1.0)

@@ -44,10 +44,10 @@ class DraftCost:
         for k in range(1, self._max_drafts + 1):
             if known:
                 nearest = min(known, key=lambda other: abs(other - k))
-                measured_s = self._curves[nearest - 1].times_s()[num_sequences]
+                measured_s = self._curves[nearest - 1].time_s(num_sequences)
                 times_s[k] = measured_s * k / nearest
             else:
-                times_s[k] = GUESSED_RUN_SHARE * k * self._step.times_s()[num_sequences]
+                times_s[k] = GUESSED_RUN_SHARE * k * self._step.time_s(num_sequences)
         return times_s
 
 
