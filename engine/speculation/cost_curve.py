@@ -30,6 +30,9 @@ OWN_WINDOW = 32
 # found out soon where it is wrong, while a size that is wrongly taken for dear is not run again.
 FEWEST_OWN = 5
 SEED_WEIGHT = 2.0  # times that a calibrated one counts as: it was taken in one short moment
+# Where times scatter by more than this, they say little of the few percent that a token more takes:
+# the calibration, which takes the least of several, then counts for more.
+QUIET = 0.05
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 100.0
 LEAST_WEIGHT = 0.01
@@ -69,6 +72,7 @@ class CostCurve:
         # Logarithms of a size's latest times by those of the seeds, at level 0.
         self._own = [deque[float](maxlen=OWN_WINDOW) for _ in self.sizes]
         self._own_medians = np.zeros(len(self.sizes))
+        self._spreads = np.zeros(len(self.sizes))  # median deviations from these
         self._changed: set[int] = set()  # sizes whose median is not that of their times any more
         self._weights = [0.0] * len(self.sizes)  # how many times stand behind each
         self._seed_weights = np.full(len(self.sizes), LEAST_WEIGHT)
@@ -139,18 +143,21 @@ class CostCurve:
     def _rebuild(self) -> None:
         self._num_pending = 0
         for index in self._changed:
-            self._own_medians[index] = statistics.median(self._own[index])
+            own = self._own[index]
+            median = self._own_medians[index] = statistics.median(own)
+            self._spreads[index] = statistics.median([abs(value - median) for value in own])
         self._changed.clear()
         ages = self._num_observed - np.array(self._last_seen)
         weights = np.array(self._weights) * np.exp(-ages / STALE_AFTER)  # old times count less
         weights[[len(times) < FEWEST_OWN for times in self._own]] = 0.0
-        own = self._own_medians * weights / (weights + self._seed_weights)
+        seed_weights = self._seed_weights * (1.0 + (self._spreads / QUIET) ** 2)
+        own_logs = self._own_medians * weights / (weights + seed_weights)
         fresh = np.flatnonzero(weights >= 1.0)
         if len(fresh):
             # A size that was not met lately keeps its place among the others, which moved on.
-            others = np.interp(self.sizes, [self.sizes[i] for i in fresh.tolist()], own[fresh])
-            own = (weights * own + others) / (weights + 1.0)
-        times_s = self._seed_curve[list(self.sizes)] * np.exp(own)
+            others = np.interp(self.sizes, [self.sizes[i] for i in fresh.tolist()], own_logs[fresh])
+            own_logs = (weights * own_logs + others) / (weights + 1.0)
+        times_s = self._seed_curve[list(self.sizes)] * np.exp(own_logs)
         rising_s = never_falling(times_s.tolist(), (weights + LEAST_WEIGHT).tolist())
         self._curve = np.interp(np.arange(self._max_size + 1), self.sizes, rising_s)
         self._current_level = self._level.log_factor
