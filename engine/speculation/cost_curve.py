@@ -30,9 +30,10 @@ OWN_WINDOW = 32
 # found out soon where it is wrong, while a size that is wrongly taken for dear is not run again.
 FEWEST_OWN = 5
 SEED_WEIGHT = 2.0  # times that a calibrated one counts as: it was taken in one short moment
+BETWEEN_SEEDS_WEIGHT = 0.5
 # Where times scatter by more than this, they say little of the few percent that a token more takes:
 # the calibration, which takes the least of several, then counts for more.
-QUIET = 0.05
+QUIET = 0.02
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 100.0
 LEAST_WEIGHT = 0.01
@@ -87,6 +88,7 @@ class CostCurve:
         """Take in a time that was measured on purpose, before serving."""
         self._seeds_s[size] = time_s / math.exp(self._level.log_factor)
         if len(self._seeds_s) > 1:  # a single one says nothing of the curve's shape
+            self._seed_weights[:] = BETWEEN_SEEDS_WEIGHT
             self._seed_weights[[self._nearest(one) for one in self._seeds_s]] = SEED_WEIGHT
         seeded_s = _through(self._seeds_s, self.sizes)
         self._seed_curve = np.interp(np.arange(self._max_size + 1), self.sizes, seeded_s)

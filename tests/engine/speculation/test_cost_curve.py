@@ -138,10 +138,11 @@ def test_what_calls_of_one_depth_show_of_the_machine_concerns_the_other_depths()
 def test_times_that_scatter_widely_do_not_decide_over_a_few_percent(seed: int) -> None:
     """Two busy sizes that differ by 5 %: noise must not make the larger one look free or dear."""
     curve = seeded()
+    curve.seed(2, curve.times_s()[2])
     truth_s = curve.times_s().copy()
     generator = np.random.default_rng(seed)
     for step in range(400):
         size = 1 + step % 2
         curve.observe(size, truth_s[size] * float(np.exp(0.7 * generator.standard_normal())))
     times_s = curve.times_s()
-    assert times_s[2] / times_s[1] == pytest.approx(truth_s[2] / truth_s[1], rel=0.04)
+    assert times_s[2] / times_s[1] == pytest.approx(truth_s[2] / truth_s[1], abs=0.03)
