@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 from engine.batch import Batch
 from engine.speculation.chain import ChainDrafter
@@ -19,12 +20,12 @@ from engine.speculation.policy import SpeculationPolicy
 
 # What most steps are, and where a few tokens more decide. Among these drafts are timed, so that
 # they find the caches as they do when serving.
-_SMALL_STEPS = (1, 2, 4, 8, 3, 6, 12, 5, 16)
+_SMALL_STEPS = (1, 2, 4, 8, 3, 6, 5)
 _SMALL_CALLS = (1, 4)  # sequences, with every number of drafts
 _ROUND_SHARES = (1.0, 0.6, 0.6)  # of the time, until which each round may last
 # Beyond the largest, and so where prompts share the step, a row would look free: it has to reach
 # what such a step holds. The most telling first.
-_LARGE_STEPS = (32, 128, 64, 192, 24, 48)
+_LARGE_STEPS = (16, 32, 128, 64, 192, 12, 24, 48)
 _LARGE_CALLS = (16, 64)  # with one draft, and with as many as there can be
 MOST_CALIBRATED_TOKENS = max(_LARGE_STEPS)
 _SUSPICIOUS = 1.1  # a time by another one that it should not exceed
@@ -48,12 +49,11 @@ def calibrate(
 ) -> None:
     """Time steps and drafts of several sizes between two steps, and seed what they cost.
 
-    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most.
+    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most,
+    and on a core that has not run yet the first runs besides.
     """
     if not most_tokens:
         return
-    began_s = time.monotonic()
-    ends_at_s = began_s + time_s
 
     def step_probe(size: int) -> _Probe:
         run = partial(batch.time_probe, size, block_ids=blocks)
@@ -62,16 +62,20 @@ def calibrate(
     steps = [step_probe(size) for size in _SMALL_STEPS if size <= most_tokens]
     most_sequences = min(len(batch.lanes.tokens), len(blocks))
     chains = [drafter for drafter in policy.drafters.values() if isinstance(drafter, ChainDrafter)]
-    calls = [
-        probe
-        for drafter in chains
-        for probe in _call_probes(drafter, policy.costs, most_sequences, blocks)
+    calls_of = [
+        list(_call_probes(drafter, policy.costs, most_sequences, blocks)) for drafter in chains
     ]
+    calls = list(chain.from_iterable(calls_of))
     small_calls = [call for call in calls if call.size in _SMALL_CALLS]
     small = list(_in_turns(steps, small_calls))
     large = [step_probe(size) for size in _LARGE_STEPS if size <= most_tokens]
     large_calls = [call for call in calls if call.size in _LARGE_CALLS]
-    steps[0].run()  # the first run meets cold caches
+    # Whose first run it is meets memory that was never touched, a quarter of a second's worth; the
+    # first request would else.
+    for probe in (steps[0], *(of_one[0] for of_one in calls_of if of_one)):
+        probe.run()
+    began_s = time.monotonic()
+    ends_at_s = began_s + time_s
     for share in _ROUND_SHARES:
         _time_those_that_fit(small, began_s + time_s * share)
     _time_those_that_fit(large + large_calls, ends_at_s, beside=small)
