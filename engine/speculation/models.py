@@ -57,8 +57,12 @@ class ModelDrafters:
         wanted_of: dict[str, list[int]] = {}
         for name, planner in self.planners.items():
             named = step.with_drafter(name)
-            wanted = wanted_of[name] = self._where_better(step, name, auto, rate, token_price)
-            if wanted or named:
+            is_due = planner.is_due(step.base_tokens)
+            wanted: list[int] = []
+            if is_due or (planner.depth and name == self.current):
+                wanted = self._where_better(step, name, auto, rate, token_price)
+            wanted_of[name] = wanted
+            if is_due and (wanted or named):
                 self._plan(planner, step, wanted + named, token_price)
             asks[name] = Ask(name)
             for index in named:
@@ -91,8 +95,6 @@ class ModelDrafters:
     def _plan(
         self, planner: DepthPlanner, step: StepDrafts, asked: list[int], token_price: float
     ) -> None:
-        if not planner.is_due(step.base_tokens):
-            return
         others = step.survivals.copy()
         others[asked] = 0.0
         paying = others[others > token_price]

@@ -26,7 +26,7 @@ FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
 # Under load, after so many steps in which nothing paid, only every fourth step is looked at.
 REST_AFTER = 32
-REST_TOKENS = 8
+REST_TOKENS = 4
 LOOK_EVERY = 4
 SPEEDUP_MEMORY = 16.0  # steps
 
