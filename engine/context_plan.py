@@ -36,10 +36,12 @@ def plan_context(
     block_bytes_of: Callable[[KvDtype], int],
     available_bytes: int,
     weights_bytes: int,
+    draft_block_bytes_of: Callable[[KvDtype], int] = lambda dtype: 0,
 ) -> ContextPlan:
     """Choose the context length, the KV dtype and the number of KV blocks.
 
-    `max_position` is the model's own limit in tokens, `available_bytes` what the weights leave.
+    `max_position` is the model's own limit in tokens, `available_bytes` what the weights leave;
+    with each block of the cache go those of the drafters, of `draft_block_bytes_of` together.
     What the user asked for is kept or refused with a ConfigError; defaults give way to what the
     memory holds.
     """
@@ -47,8 +49,9 @@ def plan_context(
     needed = -(-max_model_len // block_size)
     kv_dtype, dtype_reason = _kv_dtype(config, needed, block_bytes_of)
     block_bytes = block_bytes_of(kv_dtype)
+    draft_block_bytes = draft_block_bytes_of(kv_dtype)
     num_blocks, blocks_reason = _wanted_blocks(
-        config, max_model_len, block_size, block_bytes, available_bytes
+        config, needed, block_bytes, draft_block_bytes, available_bytes
     )
     if num_blocks < needed:
         if config.max_model_len is not None or num_blocks == 0:
@@ -106,18 +109,24 @@ def wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
 
 
 def _wanted_blocks(
-    config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int, available: int
+    config: EngineConfig, full_length: int, block_bytes: int, draft_block_bytes: int, available: int
 ) -> tuple[int, str]:
+    """Blocks of the target's cache, of which a sequence of full length takes `full_length`."""
+    all_bytes = block_bytes + draft_block_bytes
     if config.kv_memory_bytes is not None:
-        if config.kv_memory_bytes > available:
+        num_blocks = config.kv_memory_bytes // block_bytes
+        draft_bytes = num_blocks * draft_block_bytes
+        if config.kv_memory_bytes + draft_bytes > available:
+            beside = f" and the drafters' {draft_bytes} beside it" if draft_bytes else ""
             raise ConfigError(
-                f"--kv-memory {config.kv_memory_bytes}: only {available} bytes are available"
+                f"--kv-memory {config.kv_memory_bytes}{beside}: only {available} bytes are "
+                "available"
             )
-        return config.kv_memory_bytes // block_bytes, "--kv-memory"
-    full = config.max_sequences * -(-max_model_len // block_size)
+        return num_blocks, "--kv-memory"
+    full = config.max_sequences * full_length
     share = available // _DEFAULT_KV_SHARE
     limit = min(share, _MAX_DEFAULT_KV_BYTES)
-    if full * block_bytes <= limit:
+    if full * all_bytes <= limit:
         return full, f"{config.max_sequences} sequences of full length"
     limit_reason = "1 GiB" if limit == _MAX_DEFAULT_KV_BYTES else "a quarter of available memory"
-    return limit // block_bytes, f"default limit, {limit_reason}; --kv-memory sets it"
+    return limit // all_bytes, f"default limit, {limit_reason}; --kv-memory sets it"

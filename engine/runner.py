@@ -10,17 +10,14 @@ import msgspec
 from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler, StepPlan
+from engine.speculation.calibration import MOST_CALIBRATED_TOKENS, calibrate
 from engine.speculation.policy import SpeculationPolicy
-from engine.speculation.setup import (
-    CALIBRATION_S,
-    MOST_CALIBRATED_TOKENS,
-    OFF,
-    SERVING_CALIBRATION_S,
-    Speculation,
-    calibrate,
-)
+from engine.speculation.setup import OFF, Speculation
 from engine.speculation.speculator import Speculator
 from engine.types import TokenEvent
+
+CALIBRATION_S = 1.0  # at most, before anybody is served
+SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,10 +3,7 @@
 The loader makes a `Speculation`; the engine asks it for what its steps need.
 """
 
-import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Row
-from functools import partial
+from collections.abc import Mapping
 
 import fulcrum_core
 import msgspec
@@ -28,17 +25,6 @@ MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-CALIBRATION_S = 1.0  # at most, before anybody is served
-SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
-_DRAFTS_SHARE = 0.2  # of these, for drafts
-# The most telling first. Beyond the largest, and so where prompts share the step, a row would look
-# free: it has to reach what such a step holds.
-_CALIBRATED_TOKENS = (1, 2, 4, 8, 32, 128, 192, 64, 16, 5, 3, 6, 12, 24, 48)
-_CALIBRATED_SEQUENCES = (1, 4, 16, 64)
-MOST_CALIBRATED_TOKENS = max(_CALIBRATED_TOKENS)
-# Small ones are what most steps are, and the ones that a short disturbance distorts.
-_SMALL_SIZE = 8
-_SMALL_SIZE_ROUNDS = 3
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,46 +108,3 @@ OFF = Speculation()
 def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -> int:
     """Bytes of `Speculation.hidden_states`, and of the states that a chain goes on from."""
     return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
-
-
-def calibrate(
-    batch: Batch, policy: SpeculationPolicy, most_tokens: int, blocks: Row[int], time_s: float
-) -> None:
-    """Time steps and drafts of several sizes between two steps, and seed what they cost.
-
-    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most.
-    """
-    began_s = time.monotonic()
-    sizes = [size for size in _CALIBRATED_TOKENS if size <= most_tokens]
-    ends_at_s = began_s + time_s * (1.0 - _DRAFTS_SHARE)
-    for size, step_s in _best_times_s(
-        partial(batch.time_probe, block_ids=blocks), sizes, ends_at_s
-    ):
-        policy.costs.step.seed(size, step_s)
-    most_sequences = min(len(batch.lanes.tokens), len(blocks))
-    counts = [count for count in _CALIBRATED_SEQUENCES if count <= most_sequences]
-    for drafter in policy.drafters.values():
-        if not isinstance(drafter, ChainDrafter):
-            continue
-        cost = policy.costs.drafter(drafter.name, drafter.max_drafts)
-        for num_drafts in range(1, drafter.max_drafts + 1):
-            probe = partial(drafter.time_probe, num_drafts=num_drafts, blocks=blocks)
-            for count, draft_s in _best_times_s(probe, counts, began_s + time_s):
-                cost.curve(num_drafts).seed(count, draft_s)
-
-
-def _best_times_s(
-    probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
-) -> list[tuple[int, float]]:
-    """The least of a few times of each size, of those that the time is enough for."""
-    best_s: dict[int, float] = {}
-    if sizes:
-        probe(sizes[0])  # the first run meets cold caches
-    for size in sizes:
-        # One of twice the size takes twice the time at most.
-        less = [one for one in best_s if one <= size]
-        most_s = best_s[max(less)] * size / max(less) if less else 0.0
-        if time.monotonic() + most_s < ends_at_s:
-            count = _SMALL_SIZE_ROUNDS if size <= _SMALL_SIZE else 1
-            best_s[size] = min(probe(size) for _ in range(count))
-    return list(best_s.items())
