@@ -97,11 +97,13 @@ class Scheduler:
             del self._sequences[seq.seq_id]
         return taken
 
-    def take_running(self) -> Sequence | None:
-        """Give up the running sequence that came first, to be computed again elsewhere."""
-        if not self._running:
-            return None
-        seq = self._running[0]
+    @property
+    def first_running(self) -> Sequence | None:
+        """The running sequence of the first rank."""
+        return self._running[0] if self._running else None
+
+    def take(self, seq: Sequence) -> Sequence:
+        """Give up a running sequence, to be computed again elsewhere."""
         self._suspend(seq)
         self._waiting.remove(seq)
         del self._sequences[seq.seq_id]

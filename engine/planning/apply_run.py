@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _ROOM = 1.05  # of what a new state needs, before it is built beside the old one
 _DRAIN_S = 30.0
-_NEXT_STEP_S = 0.2
 _SWITCH_TIMEOUT_S = 600.0  # until the last sequence has moved
 _MIN_STEPS = 24  # of decoding, for a speed to be measured
 _ENOUGH_STEPS = 60
@@ -44,10 +43,11 @@ class ApplyRun:
         self._old = applier.deployment
         self._began_s = time.monotonic()
         self._build_s = self._switch_s = 0.0
-        self._pause_s: float | None = None
+        self._pauses_s: dict[str, float] = {}  # by the state in which they ended
 
     def run(self) -> None:
         """Never raises: whatever goes wrong becomes the status."""
+        self._applier.observer.begin_pauses()
         try:
             self._apply()
         except (ConfigError, SwitchError) as error:
@@ -92,15 +92,9 @@ class ApplyRun:
         new = applier.rebuild_drafters(config, draft_bytes)
         self._build_s = time.monotonic() - began_s
         self._update("switching", "the next step drafts in the new way")
-        applier.observer.begin_pauses()
         began_s = time.monotonic()
-        try:
-            applier.engine().redraft(new.loaded.speculation).result(_SWITCH_TIMEOUT_S)
-        finally:
-            # The pause is over with the step that follows.
-            time.sleep(_NEXT_STEP_S)
-            self._pause_s = applier.observer.end_pauses()
-        self._switch_s = time.monotonic() - began_s - _NEXT_STEP_S
+        applier.engine().redraft(new.loaded.speculation).result(_SWITCH_TIMEOUT_S)
+        self._switch_s = time.monotonic() - began_s
         applier.deployment = new
         applier.announce(new, new.loaded.max_model_len)
 
@@ -121,7 +115,6 @@ class ApplyRun:
         applier = self._applier
         shorter = applier.planner.plan(config).context.max_model_len
         applier.announce(self._old, min(shorter, self._old.loaded.max_model_len))
-        applier.observer.begin_pauses()
         applier.engine().park(_DRAIN_S).result(_DRAIN_S + 60)
         old_config = self._old.config
         # The last references to the old core and its memory: a drafter shares parts of it.
@@ -159,16 +152,11 @@ class ApplyRun:
         """Move the running sequences; on return the new deployment is the one that serves."""
         applier = self._applier
         self._update("switching", "running sequences move to the new state")
-        if self._status.mode == "beside":
-            applier.observer.begin_pauses()
         began_s = time.monotonic()
-        try:
-            done = applier.engine().switch(
-                new.loaded.core, new.engine_settings, speculation=new.loaded.speculation
-            )
-            done.result(_SWITCH_TIMEOUT_S)
-        finally:
-            self._pause_s = applier.observer.end_pauses()
+        done = applier.engine().switch(
+            new.loaded.core, new.engine_settings, speculation=new.loaded.speculation
+        )
+        done.result(_SWITCH_TIMEOUT_S)
         self._switch_s = time.monotonic() - began_s
         applier.deployment = new
         applier.announce(new, new.loaded.max_model_len)
@@ -256,6 +244,8 @@ class ApplyRun:
         preview: Preview | None,
     ) -> None:
         applier = self._applier
+        self._note_pause()
+        applier.observer.end_pauses()
         outcomes: dict[State, Literal["kept", "rolled_back", "failed"]] = {
             "done": "kept",
             "rolled_back": "rolled_back",
@@ -270,7 +260,8 @@ class ApplyRun:
             mode=self._status.mode,
             build_s=self._build_s,
             switch_s=self._switch_s,
-            longest_pause_s=self._pause_s,
+            longest_pause_s=max(self._pauses_s.values()),
+            pauses_s=self._pauses_s,
             memory=memory,
             speed=speed,
             quality=preview.quality if preview is not None else None,
@@ -279,7 +270,12 @@ class ApplyRun:
         log.info("%s: %s, %s", receipt.id, receipt.outcome, reason)
         self._update(state, reason, receipt=receipt)
 
+    def _note_pause(self) -> None:
+        state, pause_s = self._status.state, self._applier.observer.take_pause_s()
+        self._pauses_s[state] = max(pause_s, self._pauses_s.get(state, 0.0))
+
     def _update(self, state: State, detail: str, **changes: Any) -> None:
+        self._note_pause()
         seconds = time.monotonic() - self._began_s
         self._status = msgspec.structs.replace(
             self._status, state=state, detail=detail, seconds=seconds, **changes

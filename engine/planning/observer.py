@@ -71,11 +71,16 @@ class Observer:
         with self._lock:
             self._last_token_s, self._longest_pause_s = {}, 0.0
 
-    def end_pauses(self) -> float:
-        """The longest pause since the beginning, in seconds."""
+    def take_pause_s(self) -> float:
+        """The longest pause that ended since the beginning or the last call, in seconds."""
+        with self._lock:
+            longest_s, self._longest_pause_s = self._longest_pause_s, 0.0
+            return longest_s
+
+    def end_pauses(self) -> None:
+        """Note no more of them."""
         with self._lock:
             self._last_token_s = None
-            return self._longest_pause_s
 
     def window(self, since_s: float, model: CostModel | None) -> DecodeWindow | None:
         """All decode steps that ended since then; None where there were none."""

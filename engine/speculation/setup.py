@@ -3,8 +3,7 @@
 The loader makes a `Speculation`; the engine asks it for what its steps need.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from collections.abc import Sequence as Row
 from functools import partial
 
@@ -16,6 +15,7 @@ from engine.batch import Batch
 from engine.config import SpeculationMode
 from engine.lanes import Float32Array
 from engine.speculation.chain import ChainDrafter
+from engine.speculation.cost_curve import CostCurve
 from engine.speculation.costs import Costs
 from engine.speculation.draft_model import DraftModel
 from engine.speculation.drafter import Drafter
@@ -28,8 +28,7 @@ MODEL_DRAFTS = 5
 # Hidden states kept of each sequence: what a module can catch up with, and how much of a prompt it
 # sees.
 HIDDEN_WINDOW = 64
-CALIBRATION_S = 1.0  # at most, before anybody is served
-SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
+CALIBRATION_S = 1.0  # at most, of steps and drafts that are timed
 _DRAFTS_SHARE = 0.2  # of these, for drafts
 # The most telling first. Beyond the largest, and so where prompts share the step, a row would look
 # free: it has to reach what such a step holds.
@@ -124,44 +123,49 @@ def hidden_states_bytes(num_lanes: int, hidden_size: int, chains_normed: bool) -
     return num_lanes * (HIDDEN_WINDOW + chains_normed) * hidden_size * 4
 
 
-def calibrate(
+def calibration(
     batch: Batch, policy: SpeculationPolicy, most_tokens: int, blocks: Row[int], time_s: float
-) -> None:
-    """Time steps and drafts of several sizes between two steps, and seed what they cost.
+) -> Generator[None]:
+    """Time steps and drafts of several sizes and seed what they cost; yields after each size.
 
-    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most.
+    It goes on only between two steps. `blocks` of the caches are written to and hold
+    `most_tokens`; it takes about `time_s` at most, what others do in between not counted.
     """
-    began_s = time.monotonic()
     sizes = [size for size in _CALIBRATED_TOKENS if size <= most_tokens]
-    ends_at_s = began_s + time_s * (1.0 - _DRAFTS_SHARE)
-    for size, step_s in _best_times_s(
-        partial(batch.time_probe, block_ids=blocks), sizes, ends_at_s
-    ):
-        policy.costs.step.seed(size, step_s)
+    left_s = time_s * (1.0 - _DRAFTS_SHARE)
+    left_s = yield from _seed_best(
+        policy.costs.step, partial(batch.time_probe, block_ids=blocks), sizes, left_s
+    )
+    left_s += time_s * _DRAFTS_SHARE
     most_sequences = min(len(batch.lanes.tokens), len(blocks))
     counts = [count for count in _CALIBRATED_SEQUENCES if count <= most_sequences]
-    for drafter in policy.drafters.values():
+    for drafter in tuple(policy.drafters.values()):
         if not isinstance(drafter, ChainDrafter):
             continue
         cost = policy.costs.drafter(drafter.name, drafter.max_drafts)
         for num_drafts in range(1, drafter.max_drafts + 1):
             probe = partial(drafter.time_probe, num_drafts=num_drafts, blocks=blocks)
-            for count, draft_s in _best_times_s(probe, counts, began_s + time_s):
-                cost.curve(num_drafts).seed(count, draft_s)
+            left_s = yield from _seed_best(cost.curve(num_drafts), probe, counts, left_s)
 
 
-def _best_times_s(
-    probe: Callable[[int], float], sizes: Row[int], ends_at_s: float
-) -> list[tuple[int, float]]:
-    """The least of a few times of each size, of those that the time is enough for."""
+def _seed_best(
+    curve: CostCurve, probe: Callable[[int], float], sizes: Row[int], left_s: float
+) -> Generator[None, None, float]:
+    """Seed the least of a few times of each size that the time is enough for; what is left of it.
+
+    The first run of all meets cold caches.
+    """
     best_s: dict[int, float] = {}
-    if sizes:
-        probe(sizes[0])  # the first run meets cold caches
+    if sizes and left_s > 0.0:
+        left_s -= probe(sizes[0])
     for size in sizes:
         # One of twice the size takes twice the time at most.
         less = [one for one in best_s if one <= size]
         most_s = best_s[max(less)] * size / max(less) if less else 0.0
-        if time.monotonic() + most_s < ends_at_s:
-            count = _SMALL_SIZE_ROUNDS if size <= _SMALL_SIZE else 1
-            best_s[size] = min(probe(size) for _ in range(count))
-    return list(best_s.items())
+        if most_s < left_s:
+            times_s = [probe(size) for _ in range(_SMALL_SIZE_ROUNDS if size <= _SMALL_SIZE else 1)]
+            best_s[size] = min(times_s)
+            left_s -= sum(times_s)
+            curve.seed(size, best_s[size])
+            yield
+    return left_s
