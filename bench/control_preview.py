@@ -1,19 +1,20 @@
 """Previews held against reality, a server of its own for each setting: used by `bench.control`.
 
 Memory is what the process has in fact, its whole KV cache written to, before anything else was
-done in it. Speed is what a client counts, and the promise is made by a calibration right before:
-where one right after says that the machine's speed has changed meanwhile, the setting is measured
-again, since then nobody could have kept the promise.
+done in it. Speed is what a client counts. Calibrations and loads take turns, and what is promised
+for a load is the mean of the promises right before and right after it: the machine's speed changes
+from one minute to the next. Where it did, there are more turns.
 """
 
 import asyncio
-import math
+import itertools
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import aiohttp
@@ -31,9 +32,10 @@ _MIB = 1 << 20
 _PROMPT_WORDS = 100
 _LONG_PROMPT_WORDS = 1000
 _OUTPUT_TOKENS = 128
-_ROUNDS = 4
-_MAX_DRIFT = 0.08  # of the calibrated speed between before and after
-_ATTEMPTS = 4
+_LOADS = {1: 3, 8: 1}  # of a turn, by streams: seconds each
+_TURNS = 2
+_MAX_TURNS = 4
+_MAX_DRIFT = 0.08  # of the promise, from before a load to after it
 _QUALITY_WAIT_S = 300.0
 
 
@@ -67,8 +69,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     low: float
     high: float
     measured: float
-    drift: float  # of the promise, made again after the measurement
-    attempts: int
+    drift: float  # of the promise, the largest from before a load to after it
+    num_turns: int
     basis: str  # of the drafts' acceptance
     planned_mib: float
     resident_mib: float  # of the process, not backed by files
@@ -77,6 +79,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def held(self) -> bool:
         return self.low <= self.measured <= self.high
+
+    def is_like(self, streams: int, drafts: str) -> bool:
+        return self.concurrency == streams and self.setting.speculation == drafts
 
     @property
     def memory_error(self) -> float:
@@ -128,46 +133,50 @@ class _Bench:
         overview = await get_json(self._session, f"{self._server.url}/v1/optimizations")
         allocated = overview["today"]["memory"]
         await self._wait_for_quality()
-        cases = []
-        for concurrency in CONCURRENCIES:
-            attempts = 0
-            drift = math.inf
-            while abs(drift) > _MAX_DRIFT and attempts < _ATTEMPTS:
-                attempts += 1
-                preview, promise = await self._promise(concurrency)
-                rate = _decode_rate([await self._load(concurrency) for _ in range(_ROUNDS)])
-                _, again = await self._promise(concurrency)
-                drift = again["value"] / promise["value"] - 1
-            planned = preview["memory"]["components"]
-            cases.append(
-                Case(
-                    setting=self._setting,
-                    concurrency=concurrency,
-                    promised=promise["value"],
-                    low=promise["low"],
-                    high=promise["high"],
-                    measured=rate,
-                    drift=drift,
-                    attempts=attempts,
-                    basis=preview["speed"]["speculation"],
-                    planned_mib=preview["memory"]["total_bytes"] / _MIB,
-                    resident_mib=resident_mib,
-                    components_mib={
-                        name: (planned[name] / _MIB, size / _MIB)
-                        for name, size in allocated.items()
-                        if name != "runtime"
-                    },
-                )
+        preview, promises, rounds = await self._take_turns()
+        planned = preview["memory"]["components"]
+        return [
+            Case(
+                setting=self._setting,
+                concurrency=concurrency,
+                **_mean_promise(promises[concurrency]),
+                measured=_decode_rate(rounds[concurrency]),
+                num_turns=len(promises[concurrency]) - 1,
+                basis=preview["speed"]["speculation"],
+                planned_mib=preview["memory"]["total_bytes"] / _MIB,
+                resident_mib=resident_mib,
+                components_mib={
+                    name: (planned[name] / _MIB, size / _MIB)
+                    for name, size in allocated.items()
+                    if name != "runtime"
+                },
             )
-        return cases
+            for concurrency in CONCURRENCIES
+        ]
 
-    async def _promise(self, concurrency: int) -> tuple[Any, Any]:
-        """Preview by a calibration of this very moment."""
+    async def _take_turns(self) -> tuple[Any, dict[int, list[Any]], dict[int, list[list[Outcome]]]]:
+        """The last preview, and by streams the promises with a turn's loads after each but one."""
+        rounds: dict[int, list[list[Outcome]]] = {streams: [] for streams in CONCURRENCIES}
+        promises: dict[int, list[Any]] = {streams: [] for streams in CONCURRENCIES}
+        preview = await self._promise(promises)
+        for turn in range(1, _MAX_TURNS + 1):
+            for streams in CONCURRENCIES:
+                rounds[streams] += [await self._load(streams) for _ in range(_LOADS[streams])]
+            preview = await self._promise(promises)
+            is_steady = all(_mean_promise(p)["drift"] <= _MAX_DRIFT for p in promises.values())
+            if turn >= _TURNS and is_steady:
+                break
+        return preview, promises, rounds
+
+    async def _promise(self, promises: dict[int, list[Any]]) -> Any:
+        """Preview by a calibration of this very moment, and add what it promises."""
         for file in (self._cache / "calibration").glob("*.json"):
             file.unlink()
-        preview = await self._preview(concurrency)
-        name = "decode_tokens_per_s" if concurrency == 1 else "total_tokens_per_s"
-        return preview, preview["speed"][name]
+        for streams in CONCURRENCIES:
+            preview = await self._preview(streams)
+            name = "decode_tokens_per_s" if streams == 1 else "total_tokens_per_s"
+            promises[streams].append(preview["speed"][name])
+        return preview
 
     async def _preview(self, concurrency: int) -> Any:
         body = {
@@ -204,6 +213,17 @@ class _Bench:
         )
 
 
+def _mean_promise(promises: Sequence[Any]) -> dict[str, float]:
+    """What was promised for the loads between these, and how far neighbours are apart at most."""
+    pairs = list(itertools.pairwise(promises))
+
+    def mean(name: str) -> float:
+        return fmean(side[name] for pair in pairs for side in pair)
+
+    drift = max(abs(after["value"] / before["value"] - 1) for before, after in pairs)
+    return {"promised": mean("value"), "low": mean("low"), "high": mean("high"), "drift": drift}
+
+
 def _decode_rate(rounds: Sequence[Sequence[Outcome]]) -> float:
     """Tokens per second of all streams while every one of them decodes, over all rounds."""
     tokens = seconds = 0.0
@@ -237,7 +257,7 @@ async def measure_previews(settings: Sequence[Setting]) -> list[Case]:
 def preview_table(cases: Sequence[Case]) -> str:
     """A line for each case, and how often the promises held."""
     head = ("model", "weights", "KV", "drafts", "streams", "promised tok/s", "interval", "measured")
-    rows = [(*head, "held", "drift", "tries", "planned MiB", "resident", "components")]
+    rows = [(*head, "held", "drift", "turns", "planned MiB", "resident", "components")]
     for case in cases:
         setting = case.setting
         off = case.measured / case.promised - 1
@@ -252,8 +272,8 @@ def preview_table(cases: Sequence[Case]) -> str:
                 f"{case.low:.0f} to {case.high:.0f}",
                 f"{case.measured:.0f} ({off:+.0%})",
                 "yes" if case.held else "no",
-                f"{case.drift:+.0%}",
-                str(case.attempts),
+                f"{case.drift:.0%}",
+                str(case.num_turns),
                 f"{case.planned_mib:.1f}",
                 f"{case.memory_error:+.1%}",
                 f"{case.worst_component:.1%}",
@@ -262,7 +282,13 @@ def preview_table(cases: Sequence[Case]) -> str:
     num_held = sum(case.held for case in cases)
     worst = max(abs(case.memory_error) for case in cases)
     widest = max(max(c.high / c.promised - 1, 1 - c.low / c.promised) for c in cases)
+    biases = ", ".join(
+        f"{streams} streams {drafts} {median(offs):+.0%}"
+        for streams in CONCURRENCIES
+        for drafts in ("off", "auto")
+        if (offs := [c.measured / c.promised - 1 for c in cases if c.is_like(streams, drafts)])
+    )
     return (
         f"{lay_out(rows)}\n{num_held} of {len(cases)} intervals held, at most +-{widest:.0%} wide; "
-        f"memory within {worst:.1%}"
+        f"memory within {worst:.1%}; measured against promised, median: {biases}"
     )

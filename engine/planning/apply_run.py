@@ -14,8 +14,9 @@ from engine.migration import SwitchError
 from engine.planning.apply_types import Mode, State, Status, now
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel, Interval
+from engine.planning.memory import shortage_text
 from engine.planning.observer import DecodeWindow
-from engine.planning.preview import Preview, shortage_text
+from engine.planning.preview import Preview
 from engine.planning.proposal import changes_drafters_only, settings_of
 from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome
 from engine.speculation.setup import OFF
@@ -59,12 +60,12 @@ class ApplyRun:
     def _apply(self) -> None:
         applier, request = self._applier, self._status.proposal
         config = request.changed(self._old.config)
-        before = applier.observer.window(time.monotonic() - 10.0, None)
+        before, pace = applier.observer.window(time.monotonic() - 10.0, None), applier.pace()
         preview = applier.preview(request, measure=self._measure)
         if not preview.memory.fits:
             raise ConfigError(shortage_text(preview.memory))
         plan = applier.planner.plan(config)
-        model = applier.planner.cost_model(config, plan, measure=False)
+        model = applier.planner.cost_model(config, plan, measure=False, pace=pace)
         ledger = plan.ledger
         mode = self._mode(config, ledger)
         self._update("building", f"building the new state ({mode})", mode=mode, preview=preview)
