@@ -88,6 +88,8 @@ def _remedies(planner: Plans, config: EngineConfig, plan: DeploymentPlan) -> lis
                 "KV int8 for as many tokens",
             )
         )
+    if ledger.draft_bytes:
+        found.append(_remedy({"speculation": "off"}, ledger.draft_bytes, "no drafting model"))
     for length in (32768, 8192, 4096, 2048):
         if length < context.max_model_len:
             blocks = -(-length // fulcrum_core.BLOCK_SIZE)

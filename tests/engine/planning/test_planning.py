@@ -1,11 +1,13 @@
 """Proposals, previews, qualification, calibration and quality of a tiny model."""
 
+import json
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from engine.checkpoint.cache import cache_folder
 from engine.config import ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
@@ -98,6 +100,31 @@ def test_each_technique_has_evidence_or_says_what_it_needs(
     assert not rows["KV bf16"].enabled
     assert "no head was trained" in rows["speculation mtp"].evidence
     assert rows["speculation ngram"].setting == {"speculation": "ngram"}
+
+
+def test_a_model_in_the_cache_that_could_draft_is_found(
+    planner: Planner, config: EngineConfig, tiny: Path
+) -> None:
+    def draft_row() -> tuple[bool, bool, str]:
+        rows = {row.name: row for row in qualify(planner.headers, config, "int8")}
+        row = rows["speculation draft"]
+        assert "--draft-model" in (row.needs or "")
+        return row.qualified, row.enabled, row.evidence
+
+    assert draft_row()[:2] == (False, False)
+    snapshot = cache_folder() / "hub" / "some--smaller" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (snapshot / "model.safetensors").write_bytes(bytes(100))
+    vocabulary = json.loads((tiny / "tokenizer.json").read_bytes())
+    vocabulary["model"]["vocab"]["another"] = 300
+    (snapshot / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert draft_row()[0] is False
+    del vocabulary["model"]["vocab"]["another"]
+    (snapshot / "tokenizer.json").write_text(json.dumps(vocabulary))
+    qualified, enabled, evidence = draft_row()
+    assert (qualified, enabled) == (True, False)
+    assert "some--smaller" in evidence
 
 
 def test_a_calibration_is_made_once_and_predicts_its_own_steps(
