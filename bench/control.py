@@ -22,10 +22,11 @@ import aiohttp
 import msgspec
 
 from bench.client import Outcome, Target, complete
-from bench.control_preview import Setting, measure_previews, preview_table
+from bench.control_preview import measure_previews
 from bench.http_json import get_json
 from bench.layout import lay_out
 from bench.local_server import LocalServer
+from bench.preview_cases import Setting, preview_table
 from bench.prompts import PromptSource
 
 _ENDED = ("done", "failed", "rolled_back")

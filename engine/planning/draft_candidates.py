@@ -27,10 +27,8 @@ def find_candidate(target: Path) -> tuple[bool, str]:
     own = _vocabulary(target)
     for path in smaller:
         if own and _vocabulary(path) == own:
-            return (
-                True,
-                f"{path.relative_to(cache)} in the cache has the same vocabulary and at most half the size",
-            )
+            name = path.relative_to(cache)
+            return True, f"{name} has the same vocabulary and at most half the size"
     found = f"{len(others)} other models in the cache, {len(smaller)} of at most half the size"
     return False, f"{found}, none with the same vocabulary"
 
