@@ -29,12 +29,12 @@ from engine.checkpoint.cache import cache_folder
 _MIB = 1 << 20
 _PROMPT_WORDS = 100
 _LONG_PROMPT_WORDS = 1000
-_FILL_WORDS, _FILLS = 250, 3  # of as many streams as there can be: more than the cache holds
+_FILL_WORDS, _FILLS = 250, 2  # of as many streams as there can be: more than the cache holds
 _LEARNING_LOADS = 2
 _OUTPUT_TOKENS = 128
 _LOADS = {1: 4, 8: 1}  # of a turn, by streams: seconds each
 _TURNS = 2
-_MAX_TURNS = 4
+_MAX_TURNS = 3
 _MAX_DRIFT = 0.08  # of the promise, from before a load to after it
 _QUALITY_WAIT_S = 300.0
 
@@ -84,7 +84,7 @@ class _Bench:
         overview = await get_json(self._session, f"{self._server.url}/v1/optimizations")
         allocated = overview["today"]["memory"]
         await self._wait_for_quality()
-        for _ in range(_LEARNING_LOADS):
+        for _ in range(_LEARNING_LOADS if self._setting.speculation != "off" else 0):
             await self._load(self._texts)
         preview, promises, rounds = await self._take_turns()
         planned = preview["memory"]["components"]

@@ -12,7 +12,8 @@ from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing
 from engine.planning.drafting import Drafting
 
 _CHUNK_TOKENS = 512  # of a prompt while nothing decodes
-_MIN_MARGIN = 0.12  # other processes, the page cache, the clock of the processor
+_MIN_MARGIN = 0.15  # other processes, the page cache, the clock of the processor
+_MOST_STEPS = 2.5  # half the range of nine in ten steps, by that of the middle half
 _MAX_MARGIN = 0.20
 # What the event loop and a client on the same machine take of a step's cores: decoding text,
 # framing, sending and reading. In units of the calibration's piece of Python, as measured by the
@@ -81,7 +82,7 @@ class CostModel:
         spread = self.calibration.decode[near].spread
         # What is accepted depends on the text.
         least = _MIN_MARGIN if self._drafting is None else _MAX_MARGIN
-        return min(_MAX_MARGIN, max(least, 2 * spread))
+        return min(_MAX_MARGIN, max(least, _MOST_STEPS * spread))
 
     def gain(self, num_sequences: float, context_tokens: float, extra_s: float = 0.0) -> float:
         """Tokens per second with drafts over those without; `extra_s` is added to every step."""
