@@ -73,13 +73,12 @@ class Former:
         scheduler = self.runner.scheduler
         for seq in scheduler.take_waiting():
             target.adopt(seq)
+        first = scheduler.first_running
+        target.is_beside_decoding = first is not None
         warm_up = self._warm_up
         if warm_up is not None and warm_up.status is not SequenceStatus.FINISHED:
             return
-        if target.is_catching_up:
-            return
-        first = scheduler.first_running
-        if first is None:
+        if first is None or target.is_catching_up:
             return
         worth_tokens = _WORTH_BLOCKS * self.runner.core.block_size
         if first.seq_id != self._warmed_up_id and len(first.token_ids) > worth_tokens:

@@ -51,6 +51,8 @@ class Scheduler:
         self._free_lanes = list(range(max_sequences - 1, -1, -1))
         # Blocks that a running sequence will have computed and published soon, by digest.
         self._computing: dict[bytes, Sequence] = {}
+        # Whether others decode on another core between two steps of this one; see migration.py.
+        self.is_beside_decoding = False
         self._num_preemptions = 0
         self._num_prefix_queried_tokens = 0
         self._num_prefix_hit_tokens = 0
@@ -226,7 +228,7 @@ class Scheduler:
         # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
-        if num_decoding:
+        if num_decoding or self.is_beside_decoding:
             budget = min(budget, max(MIXED_STEP_TOKENS - num_decoding, MIN_MIXED_CHUNK))
         block_size = self._block_size
         index = 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine import scheduler
 from engine.migration import SwitchError
 from engine.runner import EngineSettings
 from tests.engine.fake_core import FakeCore
@@ -117,6 +118,26 @@ def test_a_sequence_decodes_on_while_the_new_core_warms_up_for_it(client: Client
     assert told == set(seq_ids)
     client.wait_idle()
     client.assert_all_free()
+
+
+def test_the_new_core_computes_texts_in_small_chunks_while_others_decode(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MIXED_STEP_TOKENS", 8)
+    monkeypatch.setattr(scheduler, "MIN_MIXED_CHUNK", 4)
+    free = _slow(client)
+    for i in range(3):
+        client.submit(*range(1 + i, 25 + i), max_tokens=20, ignore_eos=True, seed=i)
+    client.wait_for(lambda: all(client.output(seq_id) for seq_id in range(3)))
+    core = FakeCore(100)
+    done = client.engine.switch(core, _settings(max_step_tokens=64))
+    free()
+    done.result(WAIT_S)
+    assert max(core.step_sizes) <= 8
+    client.wait_all()
+    client.submit(*range(39, 0, -1), max_tokens=2, ignore_eos=True)
+    client.wait_all()
+    assert max(core.step_sizes) == 39, "nobody decodes beside it any more"
 
 
 def test_a_core_whose_steps_fail_gives_all_sequences_back(client: Client) -> None:
