@@ -22,13 +22,15 @@ import aiohttp
 import msgspec
 
 from bench.client import Outcome, Target, complete
-from bench.control_preview import Setting, measure_previews, preview_table
+from bench.control_preview import measure_previews
 from bench.http_json import get_json
 from bench.layout import lay_out
 from bench.local_server import LocalServer
+from bench.preview_cases import Setting, preview_table
 from bench.prompts import PromptSource
 
 _ENDED = ("done", "failed", "rolled_back")
+_PAUSED = ("previewing", "building", "checking", "switching", "measuring")
 _LEVELS = ("none", "int8", "int4")
 
 
@@ -53,7 +55,8 @@ async def apply_under_load(model: str, num_streams: int) -> int:
         {"speculation": "auto"},
     ]
     options = ["--model", model, "--quantization", "int4", "--kv-memory", "256MiB"]
-    rows = [("applied", "state", "mode", "build s", "switch s", "engine's longest pause ms")]
+    head = ("applied", "state", "mode", "build s", "switch s")
+    rows = [(*head, *(f"{state}, pause ms" for state in _PAUSED))]
     with LocalServer(options) as server:
         async with aiohttp.ClientSession() as session:
             name = (await get_json(session, f"{server.url}/v1/models"))["data"][0]["id"]
@@ -82,7 +85,7 @@ async def apply_under_load(model: str, num_streams: int) -> int:
                         status["mode"],
                         f"{receipt['build_s']:.1f}",
                         f"{receipt['switch_s']:.1f}",
-                        f"{1e3 * (receipt['longest_pause_s'] or 0):.0f}",
+                        *(f"{1e3 * receipt['pauses_s'].get(s, 0):.0f}" for s in _PAUSED),
                     )
                 )
                 await asyncio.sleep(1)

@@ -12,7 +12,15 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.batch import Core
-from engine.migration import Former, Park, Redraft, Switch, SwitchError, joined_load
+from engine.migration import (
+    WARM_UP_ID,
+    Former,
+    Park,
+    Redraft,
+    Switch,
+    SwitchError,
+    joined_load,
+)
 from engine.runner import EngineSettings, Runner, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -202,10 +210,13 @@ class Engine:
             self._report(events, self._load(), step_s, num_tokens, num_drafted)
         if has_failed:
             self._close(FAILED)
+        elif self._former is None:
+            self._runner.calibrate_on()  # between two steps, so that it is in the time of none
         return not has_failed
 
     def _wait(self) -> bool:
         if not self._is_idle:
+            self._runner.end_calibration()
             self._scheduler.check_integrity()
             self._is_idle = True
         if self._stop_at_s is not None:
@@ -330,7 +341,10 @@ class Engine:
     def _switch(self, message: Switch) -> None:
         former = Former(self._runner, message)
         try:
-            self._runner = Runner(message.core, message.settings, message.speculation)
+            is_serving = self._scheduler.has_work
+            self._runner = Runner(
+                message.core, message.settings, message.speculation, is_serving=is_serving
+            )
         except Exception as error:
             message.done.set_exception(SwitchError(f"the new core could not be set up: {error}"))
             return
@@ -354,6 +368,7 @@ class Engine:
 
     def _revert(self, former: Former, error: str) -> None:
         """Go back to the former core with all sequences."""
+        self._scheduler.abort(WARM_UP_ID)
         self._scheduler.suspend_all()
         for seq in self._scheduler.take_waiting():
             former.runner.scheduler.adopt(seq)
@@ -405,8 +420,9 @@ class Engine:
         num_step_tokens: int = 0,
         num_drafted: int = 0,
     ) -> None:
+        told = tuple(event for event in events if event.seq_id != WARM_UP_ID)
         try:
-            self._on_report(StepReport(tuple(events), load, step_s, num_step_tokens, num_drafted))
+            self._on_report(StepReport(told, load, step_s, num_step_tokens, num_drafted))
         except Exception:
             # A callback that fails, such as one whose event loop has closed, has no readers.
             log.exception("a report was not taken")

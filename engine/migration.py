@@ -1,9 +1,10 @@
 """The change of the core or of the drafters under running sequences: messages to the engine thread,
 and the state that served before until its sequences have moved.
 
-A sequence moves between two steps and is computed again from its tokens by the new core. One moves
-at a time, while the others go on decoding where they are: the pause of each is its own computation
-and not everybody's.
+A sequence is computed again from its tokens by the new core. One moves at a time, and goes on
+decoding where it is while the new core warms up for it: a copy of its text is computed there, whose
+blocks the prefix cache keeps. Then it moves between two steps, and its pause is the few tokens that
+came since.
 """
 
 from concurrent.futures import Future
@@ -13,8 +14,12 @@ from msgspec.structs import replace
 from engine.batch import Core
 from engine.runner import EngineSettings, Runner, StepFailedError
 from engine.scheduler import Scheduler
+from engine.sequence import Sequence, SequenceStatus
 from engine.speculation.setup import Speculation
-from engine.types import EngineLoad, TokenEvent
+from engine.types import EngineLoad, SamplingParams, Submit, TokenEvent
+
+WARM_UP_ID = -(1 << 62)  # no request's; nobody is told of its events
+_WORTH_BLOCKS = 2  # a text of fewer is not worth a step of its own
 
 
 class Switch:
@@ -74,16 +79,28 @@ class Former:
     def __init__(self, runner: Runner, switch: Switch) -> None:
         self.runner = runner
         self.switch = switch
+        self._warmed_up_id: int | None = None  # the sequence that the new core is warm for
+        self._warm_up: Sequence | None = None
 
     def move(self, target: Scheduler) -> None:
         """Hand the waiting sequences over, and a running one if `target` has caught up."""
         scheduler = self.runner.scheduler
         for seq in scheduler.take_waiting():
             target.adopt(seq)
-        if not target.is_catching_up:
-            running = scheduler.take_running()
-            if running is not None:
-                target.adopt(running)
+        first = scheduler.first_running
+        target.is_beside_decoding = first is not None
+        warm_up = self._warm_up
+        if warm_up is not None and warm_up.status is not SequenceStatus.FINISHED:
+            return
+        if first is None or target.is_catching_up:
+            return
+        worth_tokens = _WORTH_BLOCKS * self.runner.core.block_size
+        if first.seq_id != self._warmed_up_id and len(first.token_ids) > worth_tokens:
+            self._warmed_up_id = first.seq_id
+            self._warm_up = _warm_up(first)
+            target.add(self._warm_up)
+        else:
+            target.adopt(scheduler.take(first))
 
     def step(self) -> tuple[list[TokenEvent], int]:
         """Advance the sequences that have not moved; events, and the number of tokens."""
@@ -91,6 +108,17 @@ class Former:
             return self.runner.step()
         except StepFailedError as failure:
             return self.runner.scheduler.fail(failure.plan, str(failure)), 0
+
+
+def _warm_up(seq: Sequence) -> Sequence:
+    """The text of `seq` so far, of its rank, to be computed and forgotten."""
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    warm_up = Sequence(
+        Submit(WARM_UP_ID, tuple(seq.token_ids), params, seq.arrived_at_s), frozenset()
+    )
+    warm_up.rank = seq.rank
+    warm_up.queued_s = 0.0  # it is no request that the prefix cache is judged by
+    return warm_up
 
 
 def joined_load(current: EngineLoad, former: EngineLoad | None) -> EngineLoad:

@@ -3,21 +3,24 @@
 The engine loop owns one, and for a while two where another core takes over.
 """
 
+import logging
 import time
+from collections.abc import Generator
 
 import msgspec
 
 from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler, StepPlan
-from engine.speculation.calibration import MOST_CALIBRATED_TOKENS, calibrate
+from engine.speculation.calibration import MOST_CALIBRATED_TOKENS, calibration
 from engine.speculation.policy import SpeculationPolicy
 from engine.speculation.setup import OFF, Speculation
 from engine.speculation.speculator import Speculator
 from engine.types import TokenEvent
 
-CALIBRATION_S = 1.0  # at most, before anybody is served
-SERVING_CALIBRATION_S = 0.15  # at most, while others wait: about what a chunk of a prompt takes
+CALIBRATION_S = 1.0  # at most, of steps and drafts that are timed
+
+log = logging.getLogger(__name__)
 
 
 class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,8 +59,14 @@ class Runner:
     """Plans, computes and commits steps on one core."""
 
     def __init__(
-        self, core: Core, settings: EngineSettings, speculation: Speculation = OFF
+        self,
+        core: Core,
+        settings: EngineSettings,
+        speculation: Speculation = OFF,
+        *,
+        is_serving: bool = False,
     ) -> None:
+        """While it is to serve at once, what steps cost is timed later, by `calibrate_on`."""
         if settings.num_kv_blocks * core.block_size < settings.max_model_len:
             raise ValueError(
                 f"{settings.num_kv_blocks} KV blocks of {core.block_size} tokens cannot hold one "
@@ -87,8 +96,9 @@ class Runner:
         )
         self._hidden = hidden
         policy = speculation.policy(self._batch, hidden, max_step_tokens=settings.max_step_tokens)
-        if policy.drafters:
-            self._calibrate(policy, CALIBRATION_S)
+        self._calibration = self._calibrate(policy)
+        if not is_serving:
+            self.end_calibration()
         self.speculator = self._speculator(policy)
 
     def step(self) -> tuple[list[TokenEvent], int]:
@@ -128,12 +138,14 @@ class Runner:
             if policy.drafters and known.is_known:
                 for size, seconds in known.points():
                     policy.costs.step.seed(size, seconds)
-            elif policy.drafters:
-                is_idle = not self.scheduler.has_work
-                self._calibrate(policy, CALIBRATION_S if is_idle else SERVING_CALIBRATION_S)
         except BaseException:
             self._batch.keep_hidden(self._hidden)
             raise
+        self._calibration.close()
+        if not known.is_known:
+            self._calibration = self._calibrate(policy)
+            if not self.scheduler.has_work:
+                self.end_calibration()
         self._hidden = hidden
         self.scheduler.forget_hidden()
         self.speculator = self._speculator(policy)
@@ -141,8 +153,23 @@ class Runner:
     def _speculator(self, policy: SpeculationPolicy) -> Speculator:
         return Speculator(policy, self.scheduler, self._batch.lanes, self.settings.max_step_tokens)
 
-    def _calibrate(self, policy: SpeculationPolicy, time_s: float) -> None:
-        """Seed what a step costs; where no block is free, serving will tell."""
+    def calibrate_on(self) -> None:
+        """Time one more size of a step, or of drafts, where that is not complete."""
+        try:
+            next(self._calibration, None)
+        except Exception:
+            # It has ended by that; what is not known yet, serving will tell.
+            log.exception("what steps and drafts cost could not be timed")
+
+    def end_calibration(self) -> None:
+        """Time what is left of them, while nobody waits for a step."""
+        for _ in self._calibration:
+            pass
+
+    def _calibrate(self, policy: SpeculationPolicy) -> Generator[None]:
+        """Seed what a step costs, a size at a time; where no block is free, serving will tell."""
+        if not policy.drafters:
+            return
         blocks, block_size = self._blocks, self.core.block_size
         most_tokens = min(MOST_CALIBRATED_TOKENS, self.settings.max_step_tokens)
         count = min(
@@ -153,12 +180,13 @@ class Runner:
         taken = blocks.allocate(count)
         try:
             most_tokens = min(most_tokens, count * block_size, self.settings.max_model_len)
-            calibrate(self._batch, policy, most_tokens, taken, time_s)
+            yield from calibration(self._batch, policy, most_tokens, taken, CALIBRATION_S)
         finally:
             blocks.release(taken)
 
     def release_core(self) -> None:
         """Put the running sequences back in the queue and let the core go; no step follows."""
+        self._calibration.close()
         self.scheduler.suspend_all()
         self.core = ParkedCore(self.core.block_size)
         self._batch = Batch(

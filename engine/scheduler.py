@@ -51,6 +51,8 @@ class Scheduler:
         self._free_lanes = list(range(max_sequences - 1, -1, -1))
         # Blocks that a running sequence will have computed and published soon, by digest.
         self._computing: dict[bytes, Sequence] = {}
+        # Whether others decode on another core between two steps of this one; see migration.py.
+        self.is_beside_decoding = False
         self._num_preemptions = 0
         self._num_prefix_queried_tokens = 0
         self._num_prefix_hit_tokens = 0
@@ -97,11 +99,13 @@ class Scheduler:
             del self._sequences[seq.seq_id]
         return taken
 
-    def take_running(self) -> Sequence | None:
-        """Give up the running sequence that came first, to be computed again elsewhere."""
-        if not self._running:
-            return None
-        seq = self._running[0]
+    @property
+    def first_running(self) -> Sequence | None:
+        """The running sequence of the first rank."""
+        return self._running[0] if self._running else None
+
+    def take(self, seq: Sequence) -> Sequence:
+        """Give up a running sequence, to be computed again elsewhere."""
         self._suspend(seq)
         self._waiting.remove(seq)
         del self._sequences[seq.seq_id]
@@ -224,7 +228,7 @@ class Scheduler:
         # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
-        if num_decoding:
+        if num_decoding or self.is_beside_decoding:
             budget = min(budget, max(MIXED_STEP_TOKENS - num_decoding, MIN_MIXED_CHUNK))
         block_size = self._block_size
         index = 0

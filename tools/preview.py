@@ -18,7 +18,8 @@ from engine.ledger import mib
 from engine.loader import read_headers
 from engine.machine import available_memory_bytes
 from engine.planning.cost_model import Interval, Speed
-from engine.planning.preview import Level, Planner, Preview, shortage_text
+from engine.planning.memory import shortage_text
+from engine.planning.preview import Level, Planner, Preview
 from engine.planning.proposal import Proposal
 from engine.planning.qualification import Technique, qualify
 

@@ -20,8 +20,10 @@ from engine.machine import available_memory_bytes
 from engine.planning.apply_run import ApplyRun
 from engine.planning.apply_types import ApplyBusy, ApplyRequest, Status, now
 from engine.planning.drafting import measured_drafts
+from engine.planning.memory import shortage_text
 from engine.planning.observer import Observer
-from engine.planning.preview import Planner, Preview, shortage_text
+from engine.planning.pace import Pace
+from engine.planning.preview import Planner, Preview
 from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
@@ -36,6 +38,7 @@ _NICENESS = 10  # of the thread that packs weights beside those that serve
 _ANY_BYTES = 1 << 60
 _PROBE_TOKENS = 64
 _KEPT_STATUSES = 50
+_PACE_S = 30.0  # of steps that say how fast the machine is now
 _REPORT_WAIT_S = 2.0  # a step may be under way
 
 
@@ -95,6 +98,7 @@ class Applier:
         self._thread: threading.Thread | None = None
         self._applied: dict[str, EngineConfig] = {}  # by receipt
         self._measurer = measurer
+        self._serves_since_s = time.monotonic()  # with the settings of today
 
     def attach(self, engine: SwitchableEngine) -> None:
         """Give it the engine that serves the first deployment."""
@@ -114,9 +118,22 @@ class Applier:
         today = self.deployment.config
         self.learn_drafts()
         preview = self.planner.preview(
-            today, proposal, available_bytes=self.available_bytes(), measure=measure
+            today,
+            proposal,
+            available_bytes=self.available_bytes(),
+            measure=measure,
+            pace=self.pace(),
         )
         return msgspec.structs.replace(preview, quality=self.quality(proposal.changed(today)))
+
+    def pace(self) -> Pace | None:
+        """How fast what serves has been of late against its calibration; None: not known."""
+        config = self.deployment.config
+        model = self.planner.cost_model(config, self.planner.plan(config), measure=False)
+        if model is None:
+            return None
+        since_s = max(self._serves_since_s, time.monotonic() - _PACE_S)
+        return self.observer.pace(since_s, model)
 
     def status(self, apply_id: str) -> Status | None:
         return self._statuses.get(apply_id)
@@ -214,6 +231,7 @@ class Applier:
     def keep_receipt(self, receipt: Receipt) -> None:
         """Write the receipt of what was applied last."""
         self._applied[receipt.id] = self.deployment.config
+        self._serves_since_s = time.monotonic()
         hindrance = self.receipts.append(receipt)
         if hindrance is not None:
             log.warning("a receipt could not be kept: %s", hindrance)

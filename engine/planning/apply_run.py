@@ -2,8 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -16,8 +14,9 @@ from engine.migration import SwitchError, settle
 from engine.planning.apply_types import Mode, State, Status, now
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
+from engine.planning.memory import shortage_text
 from engine.planning.observer import DecodeWindow
-from engine.planning.preview import Preview, shortage_text
+from engine.planning.preview import Preview
 from engine.planning.proposal import changes_drafters_only, settings_of
 from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome, speed_outcome
 from engine.speculation.setup import OFF
@@ -29,7 +28,6 @@ log = logging.getLogger(__name__)
 
 _ROOM = 1.05  # of what a new state needs, before it is built beside the old one
 _DRAIN_S = 30.0
-_NEXT_STEP_S = 0.2
 _PARK_TIMEOUT_S = 60.0  # for a step that is under way
 _SWITCH_TIMEOUT_S = 600.0  # until the last sequence has moved
 _MIN_STEPS = 24  # of decoding, for a speed to be measured
@@ -47,10 +45,11 @@ class ApplyRun:
         self._old = applier.deployment
         self._began_s = time.monotonic()
         self._build_s = self._switch_s = 0.0
-        self._pause_s: float | None = None
+        self._pauses_s: dict[str, float] = {}  # by the state in which they ended
 
     def run(self) -> None:
         """Never raises: whatever goes wrong becomes the status."""
+        self._applier.observer.begin_pauses()
         try:
             self._apply()
         except (ConfigError, SwitchError) as error:
@@ -62,12 +61,12 @@ class ApplyRun:
     def _apply(self) -> None:
         applier, request = self._applier, self._status.proposal
         config = request.changed(self._old.config)
-        before = applier.observer.window(time.monotonic() - 10.0, None)
+        before, pace = applier.observer.window(time.monotonic() - 10.0, None), applier.pace()
         preview = applier.preview(request, measure=self._measure)
         if not preview.memory.fits:
             raise ConfigError(shortage_text(preview.memory))
         plan = applier.planner.plan(config)
-        model = applier.planner.cost_model(config, plan, measure=False)
+        model = applier.planner.cost_model(config, plan, measure=False, pace=pace)
         ledger = plan.ledger
         mode = self._mode(config, ledger)
         self._update("building", f"building the new state ({mode})", mode=mode, preview=preview)
@@ -96,10 +95,8 @@ class ApplyRun:
         self._build_s = time.monotonic() - began_s
         self._update("switching", "the next step drafts in the new way")
         began_s = time.monotonic()
-        with self._noting_pauses():
-            settle(applier.engine().redraft(new.loaded.speculation), _SWITCH_TIMEOUT_S)
-            self._switch_s = time.monotonic() - began_s
-            time.sleep(_NEXT_STEP_S)  # the pause is over with the step that follows
+        settle(applier.engine().redraft(new.loaded.speculation), _SWITCH_TIMEOUT_S)
+        self._switch_s = time.monotonic() - began_s
         applier.deployment = new
         applier.announce(new, new.loaded.max_model_len)
 
@@ -110,8 +107,7 @@ class ApplyRun:
         shorter = min(new.loaded.max_model_len, self._old.loaded.max_model_len)
         applier.announce(self._old, shorter)
         try:
-            with self._noting_pauses():
-                self._switch_to(new)
+            self._switch_to(new)
         except BaseException:
             applier.announce(self._old, self._old.loaded.max_model_len)
             raise
@@ -122,26 +118,25 @@ class ApplyRun:
         shorter = applier.planner.plan(config).context.max_model_len
         length = self._old.loaded.max_model_len
         applier.announce(self._old, min(shorter, length))
-        with self._noting_pauses():
-            try:
-                settle(applier.engine().park(_DRAIN_S), _DRAIN_S + _PARK_TIMEOUT_S)
-            except BaseException:
-                applier.announce(self._old, length)
-                raise
-            # The last references to the old core and its memory: a drafter shares parts of it.
-            self._old = applier.deployment = msgspec.structs.replace(
-                self._old,
-                loaded=msgspec.structs.replace(self._old.loaded, core=None, speculation=OFF),
-            )
-            applier.announce(self._old, min(shorter, length))
-            try:
-                new = self._timed_build(config)
-                self._check(new)
-                self._switch_to(new)
-            except BaseException as error:
-                self._update("building", f"building the old state again: {error}")
-                self._build_again(self._old.config)
-                raise
+        try:
+            settle(applier.engine().park(_DRAIN_S), _DRAIN_S + _PARK_TIMEOUT_S)
+        except BaseException:
+            applier.announce(self._old, length)
+            raise
+        # The last references to the old core and its memory: a drafter shares parts of it.
+        self._old = applier.deployment = msgspec.structs.replace(
+            self._old,
+            loaded=msgspec.structs.replace(self._old.loaded, core=None, speculation=OFF),
+        )
+        applier.announce(self._old, min(shorter, length))
+        try:
+            new = self._timed_build(config)
+            self._check(new)
+            self._switch_to(new)
+        except BaseException as error:
+            self._update("building", f"building the old state again: {error}")
+            self._build_again(self._old.config)
+            raise
 
     def _build_again(self, config: EngineConfig) -> None:
         """Serve with the old setting again after the core has been released."""
@@ -156,15 +151,6 @@ class ApplyRun:
             applier.engine().stop(0.0)
             raise
         applier.announce(again, again.loaded.max_model_len)
-
-    @contextmanager
-    def _noting_pauses(self) -> Iterator[None]:
-        observer = self._applier.observer
-        observer.begin_pauses()
-        try:
-            yield
-        finally:
-            self._pause_s = observer.end_pauses()
 
     def _timed_build(self, config: EngineConfig) -> Deployment:
         began_s = time.monotonic()
@@ -273,6 +259,8 @@ class ApplyRun:
         preview: Preview | None,
     ) -> None:
         applier = self._applier
+        self._note_pause()
+        applier.observer.end_pauses()
         outcomes: dict[State, Literal["kept", "rolled_back", "failed"]] = {
             "done": "kept",
             "rolled_back": "rolled_back",
@@ -287,7 +275,8 @@ class ApplyRun:
             mode=self._status.mode,
             build_s=self._build_s,
             switch_s=self._switch_s,
-            longest_pause_s=self._pause_s,
+            longest_pause_s=max(self._pauses_s.values()),
+            pauses_s=self._pauses_s,
             memory=memory,
             speed=speed,
             quality=preview.quality if preview is not None else None,
@@ -296,7 +285,12 @@ class ApplyRun:
         log.info("%s: %s, %s", receipt.id, receipt.outcome, reason)
         self._update(state, reason, receipt=receipt)
 
+    def _note_pause(self) -> None:
+        state, pause_s = self._status.state, self._applier.observer.take_pause_s()
+        self._pauses_s[state] = max(pause_s, self._pauses_s.get(state, 0.0))
+
     def _update(self, state: State, detail: str, **changes: Any) -> None:
+        self._note_pause()
         seconds = time.monotonic() - self._began_s
         self._status = msgspec.structs.replace(
             self._status, state=state, detail=detail, seconds=seconds, **changes

@@ -24,7 +24,7 @@ from engine.runner import EngineSettings
 from engine.types import SamplingParams, StepReport, Submit
 
 BUDGET_S = 4.7  # what was begun by then may take a little longer
-_VERSION = 2  # of what is measured and kept
+_VERSION = 3  # of what is measured and kept
 _DECODE_WIDTHS = (1, 8, 2, 32, 16, 4, 64)  # the most telling first, for when time runs out
 _DECODE_STEPS = {1: 12, 2: 8, 4: 8, 8: 8, 16: 5, 32: 4, 64: 3}
 SHORT_PROMPT = 2  # tokens; as many sequences as a width has are one step
@@ -54,6 +54,22 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
     python_s: float  # of a fixed piece of Python: what the event loop's work is reckoned in
     load_average: float  # of the machine when it was measured
     seconds: float  # that it took
+    at_s: float = 0.0  # Unix time
+
+    def at_pace(self, ratio: float) -> "Calibration":
+        """With every time multiplied, as on a machine that is slower by as much."""
+
+        def slowed(timings: dict[int, Timing]) -> dict[int, Timing]:
+            return {n: Timing(one.seconds * ratio, one.spread) for n, one in timings.items()}
+
+        return msgspec.structs.replace(
+            self,
+            decode=slowed(self.decode),
+            prefill=slowed(self.prefill),
+            context_s_per_token=self.context_s_per_token * ratio,
+            prefill_context_s=self.prefill_context_s * ratio,
+            python_s=self.python_s * ratio,
+        )
 
 
 def calibration_key(spec: ModelSpec, plan: DeploymentPlan, isa: str, num_threads: int) -> str:
@@ -209,6 +225,7 @@ def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
         python_s=min(_python_s() for _ in range(_PYTHON_TURNS)),
         load_average=os.getloadavg()[0],
         seconds=0.0,
+        at_s=time.time(),
     )
 
 

@@ -12,7 +12,8 @@ from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing
 from engine.planning.drafting import Drafting
 
 _CHUNK_TOKENS = 512  # of a prompt while nothing decodes
-_MIN_MARGIN = 0.12  # other processes, the page cache, the clock of the processor
+_MIN_MARGIN = 0.15  # other processes, the page cache, the clock of the processor
+_MOST_STEPS = 2.5  # half the range of nine in ten steps, by that of the middle half
 _MAX_MARGIN = 0.20
 # What the event loop and a client on the same machine take of a step's cores: decoding text,
 # framing, sending and reading. In units of the calibration's piece of Python, as measured by the
@@ -81,7 +82,7 @@ class CostModel:
         spread = self.calibration.decode[near].spread
         # What is accepted depends on the text.
         least = _MIN_MARGIN if self._drafting is None else _MAX_MARGIN
-        return min(_MAX_MARGIN, max(least, 2 * spread))
+        return min(_MAX_MARGIN, max(least, _MOST_STEPS * spread))
 
     def gain(self, num_sequences: float, context_tokens: float, extra_s: float = 0.0) -> float:
         """Tokens per second with drafts over those without; `extra_s` is added to every step."""
@@ -94,18 +95,27 @@ class CostModel:
 
         return self._drafting.gain(num_sequences, step_s)
 
-    def tokens_per_s(self, num_sequences: float, context_tokens: float) -> float:
-        """What the engine's steps emit, all sequences together."""
-        plain = num_sequences / self.decode_step_s(num_sequences, context_tokens)
-        return plain * self.gain(num_sequences, context_tokens)
+    def tokens_per_s(
+        self,
+        num_sequences: float,
+        context_tokens: float,
+        *,
+        is_streamed: bool = True,
+        is_drafted: bool = True,
+    ) -> float:
+        """What the engine's steps emit, all sequences together, and streamed to clients or not."""
+        extra_s = self.streaming_s(num_sequences) if is_streamed else 0.0
+        step_s = self.decode_step_s(num_sequences, context_tokens) + extra_s
+        gain = self.gain(num_sequences, context_tokens, extra_s) if is_drafted else 1.0
+        return gain * num_sequences / step_s
 
     def speed(self, concurrency: int, prompt_tokens: int, output_tokens: int) -> Speed:
         """Speeds in the middle of an output, as a client sees them."""
         context = prompt_tokens + output_tokens / 2
-        alone, gain_alone = self._served(1, context)
-        together, gain_together = self._served(concurrency, concurrency * context)
+        alone = self.tokens_per_s(1, context)
+        together = self.tokens_per_s(concurrency, concurrency * context)
         prefill_s = self.prefill_s(prompt_tokens)
-        ttft_s = prefill_s + self._streaming_s(1)
+        ttft_s = prefill_s + self.streaming_s(1)
         return Speed(
             decode_tokens_per_s=_around(alone, self.margin(1)),
             total_tokens_per_s=_around(together, self.margin(concurrency)),
@@ -115,21 +125,16 @@ class CostModel:
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             speculation="off" if self._drafting is None else self._drafting.basis,
-            speculation_gain=gain_alone,
-            speculation_gain_together=gain_together,
+            speculation_gain=self.gain(1, context, self.streaming_s(1)),
+            speculation_gain_together=self.gain(
+                concurrency, concurrency * context, self.streaming_s(concurrency)
+            ),
         )
 
-    def _streaming_s(self, num_sequences: int) -> float:
+    def streaming_s(self, num_sequences: float) -> float:
         """What sending a step's tokens takes of the cores that compute the next one."""
         work = _STREAM_WORK_PER_STEP + num_sequences * _STREAM_WORK_PER_SEQUENCE
         return work * self.calibration.python_s
-
-    def _served(self, num_sequences: int, context_tokens: float) -> tuple[float, float]:
-        """Tokens per second with what the event loop adds to a step, and the drafts' part in it."""
-        extra_s = self._streaming_s(num_sequences)
-        gain = self.gain(num_sequences, context_tokens, extra_s)
-        step_s = self.decode_step_s(num_sequences, context_tokens) + extra_s
-        return gain * num_sequences / step_s, gain
 
 
 def _around(value: float, margin: float) -> Interval:

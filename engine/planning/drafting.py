@@ -5,6 +5,7 @@ enough, else of what a head was shipped with; lookup adds nothing until then. Th
 for the gain.
 """
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,6 +16,7 @@ from engine.speculation.report import DrafterReport, SpeculationReport
 Basis = Literal["measured", "estimated"]
 
 _ENOUGH_DRAFTED = 200  # tokens, for what was measured to count
+_MANY = 16  # sequences
 
 
 class Acceptance(msgspec.Struct, frozen=True):
@@ -69,6 +71,7 @@ class Drafting(msgspec.Struct, frozen=True, kw_only=True):
         """
         plain_s = step_s(num_sequences)
         best = 1.0
+        count = max(1, round(num_sequences))
         coverage, rest = self.ngram.coverage, 1.0 - self.ngram.coverage
         run_s = step_s(max(1.0, num_sequences * rest))
         for model in self.models or (ModelDrafts(NOTHING, 0.0),):
@@ -76,11 +79,24 @@ class Drafting(msgspec.Struct, frozen=True, kw_only=True):
                 for drafted in range(len(model.acceptance.by_position) + 1):
                     emitted = 1.0 + coverage * self.ngram.expected(looked_up)
                     emitted += rest * model.acceptance.expected(drafted)
-                    verified = coverage * looked_up + rest * drafted
-                    seconds = step_s(num_sequences * (1.0 + verified))
-                    seconds += drafted * model.run_share * run_s
+                    seconds = drafted * model.run_share * run_s
+                    for num_found, probability in enumerate(_binomial(count, coverage)):
+                        if not probability:
+                            continue
+                        found = num_found / count
+                        verified = found * looked_up + (1.0 - found) * drafted
+                        seconds += probability * step_s(num_sequences * (1.0 + verified))
                     best = max(best, emitted * plain_s / seconds)
         return best
+
+
+def _binomial(count: int, share: float) -> list[float]:
+    """How likely each number of `count` sequences is, from 0 on, to have what a share has."""
+    if count > _MANY:
+        # Nearly always about as many as on average.
+        mean = round(count * share)
+        return [float(number == mean) for number in range(count + 1)]
+    return [math.comb(count, n) * share**n * (1.0 - share) ** (count - n) for n in range(count + 1)]
 
 
 class MeasuredDrafts(msgspec.Struct, frozen=True):

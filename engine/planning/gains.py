@@ -17,7 +17,12 @@ class Gains:
         """`receipts` has the newest first; without a `report` nobody drafts."""
         self._load = load
         self._drafters = {} if report is None else {d.name: d for d in report.drafters}
-        self._tokens_per_step = 1.0 if report is None else report.tokens_per_step
+        self._lately = ""
+        if report is not None:
+            self._lately = (
+                f"lately {report.tokens_per_step:.2f} tokens a step and "
+                f"{report.measured_speedup:.2f} times the speed of no drafts, with all drafters"
+            )
         self._receipts = receipts
 
     def of(self, row: Technique, today: dict[str, Any]) -> str | None:
@@ -43,7 +48,7 @@ class Gains:
             return None
         return (
             f"{drafter.num_accepted_tokens} of {drafter.num_drafted_tokens} drafted tokens "
-            f"accepted; lately {self._tokens_per_step:.2f} tokens a step with all drafters"
+            f"accepted; {self._lately}"
         )
 
     def _switched(self, setting: dict[str, Any], today: dict[str, Any]) -> str | None:

@@ -11,14 +11,16 @@ from collections import deque
 import msgspec
 
 from engine.planning.cost_model import CostModel
+from engine.planning.pace import Pace
 from engine.types import StepReport
 
 _MAX_STEPS = 4096
 _BLOCK_TOKENS = 16
+_MIN_PACE_STEPS = 24
 _CONTEXT_STEP = 64  # tokens of a sequence's context
 
 
-class DecodeStep(msgspec.Struct, frozen=True):
+class DecodeStep(msgspec.Struct, frozen=True, kw_only=True):
     """A step in which every sequence advanced by its own tokens and nobody caught up."""
 
     ended_at_s: float
@@ -26,6 +28,8 @@ class DecodeStep(msgspec.Struct, frozen=True):
     num_sequences: int
     num_generated: int
     context_tokens: int
+    num_drafted: int
+    is_streamed: bool  # to clients; else it is the applier's own
 
 
 class DecodeWindow(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,7 +67,15 @@ class Observer:
                 context = report.load.num_held_blocks * _BLOCK_TOKENS
                 context = max(num_sequences, context - num_sequences * _BLOCK_TOKENS // 2)
                 self._steps.append(
-                    DecodeStep(now_s, report.step_s, num_sequences, num_generated, context)
+                    DecodeStep(
+                        ended_at_s=now_s,
+                        seconds=report.step_s,
+                        num_sequences=num_sequences,
+                        num_generated=num_generated,
+                        context_tokens=context,
+                        num_drafted=report.num_drafted,
+                        is_streamed=any(event.seq_id >= 0 for event in report.events),
+                    )
                 )
 
     def begin_pauses(self) -> None:
@@ -71,11 +83,16 @@ class Observer:
         with self._lock:
             self._last_token_s, self._longest_pause_s = {}, 0.0
 
-    def end_pauses(self) -> float:
-        """The longest pause since the beginning, in seconds."""
+    def take_pause_s(self) -> float:
+        """The longest pause that ended since the beginning or the last call, in seconds."""
+        with self._lock:
+            longest_s, self._longest_pause_s = self._longest_pause_s, 0.0
+            return longest_s
+
+    def end_pauses(self) -> None:
+        """Note no more of them."""
         with self._lock:
             self._last_token_s = None
-            return self._longest_pause_s
 
     def window(self, since_s: float, model: CostModel | None) -> DecodeWindow | None:
         """All decode steps that ended since then; None where there were none."""
@@ -96,6 +113,21 @@ class Observer:
             predicted_tokens_per_s=predicted,
         )
 
+    def pace(self, since_s: float, model: CostModel) -> Pace | None:
+        """Times of the steps without drafts that ended since then, by those of the model; None
+        where there were few."""
+        with self._lock:
+            steps = [s for s in self._steps if s.ended_at_s >= since_s and not s.num_drafted]
+        if len(steps) < _MIN_PACE_STEPS:
+            return None
+        predicted_s = sum(
+            count / model.tokens_per_s(n, context, is_streamed=is_streamed, is_drafted=False)
+            for (n, context, is_streamed), count in _by_load(steps).items()
+        )
+        seconds = sum(step.seconds for step in steps)
+        ago_s = time.monotonic() - steps[0].ended_at_s
+        return Pace(seconds / predicted_s, time.time() - ago_s, len(steps))
+
     def _note_pauses(self, report: StepReport, now_s: float) -> None:
         last = self._last_token_s
         assert last is not None
@@ -110,15 +142,25 @@ class Observer:
 
 def _predicted_s(steps: list[DecodeStep], model: CostModel) -> float:
     """Seconds that the tokens of these steps should take, each load by its own speed."""
-    loads: dict[tuple[int, int], list[int]] = {}
+    return sum(
+        num_generated / model.tokens_per_s(n, context, is_streamed=is_streamed)
+        for (n, context, is_streamed), num_generated in _by_load(steps).items()
+    )
+
+
+def _by_load(steps: list[DecodeStep]) -> dict[tuple[int, float, bool], int]:
+    """Generated tokens by sequences, the mean of their contexts' sum, and whether streamed.
+
+    Nearly equal contexts count together: a prediction looks at many depths.
+    """
+    loads: dict[tuple[int, int, bool], list[int]] = {}
     for step in steps:
-        # Nearly equal contexts together: a prediction looks at many depths.
-        key = step.num_sequences, step.context_tokens // (_CONTEXT_STEP * step.num_sequences)
-        load = loads.setdefault(key, [0, 0, 0])
+        bucket = step.context_tokens // (_CONTEXT_STEP * step.num_sequences)
+        load = loads.setdefault((step.num_sequences, bucket, step.is_streamed), [0, 0, 0])
         load[0] += step.num_generated
         load[1] += step.context_tokens
         load[2] += 1
-    return sum(
-        tokens / model.tokens_per_s(num_sequences, context / count)
-        for (num_sequences, _), (tokens, context, count) in loads.items()
-    )
+    return {
+        (num_sequences, context / count, is_streamed): tokens
+        for (num_sequences, _, is_streamed), (tokens, context, count) in loads.items()
+    }

@@ -5,16 +5,15 @@ weights.
 """
 
 import hashlib
-import math
 import threading
-from typing import Any, Literal
+from typing import Any
 
 import fulcrum_core
 import msgspec
 from msgspec.structs import replace
 
 from engine.config import EngineConfig
-from engine.ledger import DeploymentPlan, Ledger, kv_token_bytes, mib, planned_weights_bytes
+from engine.ledger import DeploymentPlan, Ledger, planned_weights_bytes
 from engine.loader import ModelHeaders, plan_headers
 from engine.models.mtp import module_weights_bytes
 from engine.planning.calibration import (
@@ -32,6 +31,8 @@ from engine.planning.drafting import (
     MeasuredDrafts,
     ModelDrafts,
 )
+from engine.planning.memory import Memory, Routes, look_at_memory, routes
+from engine.planning.pace import Pace
 from engine.planning.proposal import Proposal, settings_of
 from engine.planning.quality import Quality, QualityKey, quality_of, text_digest
 from engine.speculation.load import choose_head
@@ -39,33 +40,6 @@ from engine.speculation.load import choose_head
 _ANY_BYTES = 1 << 60  # plans without regard to what the machine has
 _LEVELS = (("FP16", "none"), ("INT8", "int8"), ("INT4", "int4"))  # FP16: two bytes, as bf16
 _SAMPLE_BYTES = 64  # of each tensor, for the model's digest
-
-
-class Remedy(msgspec.Struct, frozen=True):
-    """A change that frees memory."""
-
-    setting: dict[str, Any]
-    frees_bytes: int
-    text: str
-
-
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """The ledger against what the machine has."""
-
-    components: dict[str, int]  # bytes by name
-    total_bytes: int
-    available_bytes: int  # with what the running model would give back
-    fits: bool
-    short_bytes: int
-    remedies: list[Remedy]
-
-
-class Routes(msgspec.Struct, frozen=True):
-    """How many sequences of a length fit at once."""
-
-    sequence_tokens: int
-    count: int
-    limited_by: Literal["kv", "max_sequences"]
 
 
 class Preview(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,12 +108,22 @@ class Planner:
             return known_calibration(key) or calibrate(spec, plan, headers.isa, headers.num_threads)
 
     def cost_model(
-        self, config: EngineConfig, plan: DeploymentPlan, *, measure: bool
+        self,
+        config: EngineConfig,
+        plan: DeploymentPlan,
+        *,
+        measure: bool,
+        pace: Pace | None = None,
     ) -> CostModel | None:
-        """Speeds of this plan with the drafters of `config`; None where it was not calibrated."""
+        """Speeds of this plan with the drafters of `config`; None where it was not calibrated.
+
+        What was calibrated before the steps of `pace` is put at that pace.
+        """
         calibration = self.calibration(plan, measure=measure)
         if calibration is None:
             return None
+        if pace is not None and calibration.at_s < pace.since_s:
+            calibration = calibration.at_pace(pace.ratio)
         return CostModel(calibration, self._drafting(config, plan))
 
     def _drafting(self, config: EngineConfig, plan: DeploymentPlan) -> Drafting | None:
@@ -180,11 +164,12 @@ class Planner:
         *,
         available_bytes: int,
         measure: bool = True,
+        pace: Pace | None = None,
     ) -> Preview:
         """What `proposal` would do; raises ConfigError where a value cannot work."""
         config = proposal.changed(today)
         plan = self.plan(config)
-        model = self.cost_model(config, plan, measure=measure)
+        model = self.cost_model(config, plan, measure=measure, pace=pace)
         speed = None
         basis = "not calibrated"
         if model is not None:
@@ -198,6 +183,8 @@ class Planner:
                 f"micro-benchmarks of {calibration.seconds:.1f} s on this machine "
                 f"(load average {calibration.load_average:.1f})"
             )
+            if pace is not None and calibration.at_s < pace.since_s:
+                basis += f", times {pace.ratio:.2f} as {pace.num_steps} steps of late took"
             if speed.speculation != "off":
                 basis += f", acceptance of drafts {speed.speculation}"
         setting = settings_of(config)
@@ -205,72 +192,12 @@ class Planner:
             setting=setting,
             formats=plan.weights.formats,
             kv_tokens=plan.context.num_kv_blocks * fulcrum_core.BLOCK_SIZE,
-            memory=self._memory(config, plan, available_bytes),
-            routes=_routes(config, plan, proposal.prompt_tokens + proposal.output_tokens),
+            memory=look_at_memory(self, config, plan, available_bytes),
+            routes=routes(config, plan, proposal.prompt_tokens + proposal.output_tokens),
             speed=speed,
             speed_basis=basis,
             quality=self.quality(config, plan),
         )
-
-    def _memory(self, config: EngineConfig, plan: DeploymentPlan, available_bytes: int) -> Memory:
-        ledger = plan.ledger
-        short = max(0, ledger.total_bytes - available_bytes)
-        return Memory(
-            components=ledger.components(),
-            total_bytes=ledger.total_bytes,
-            available_bytes=available_bytes,
-            fits=short == 0,
-            short_bytes=short,
-            remedies=self._remedies(config, plan) if short else [],
-        )
-
-    def _remedies(self, config: EngineConfig, plan: DeploymentPlan) -> list[Remedy]:
-        """Changes that would free memory, the one that frees most first."""
-        spec, ledger, context = self.headers.checkpoint.spec, plan.ledger, plan.context
-        found: list[Remedy] = []
-        for quantization in ("int8", "int4"):
-            smaller = self.plan(replace(config, quantization=quantization)).ledger
-            found.append(
-                _remedy(
-                    {"quantization": quantization},
-                    ledger.weights_bytes - smaller.weights_bytes,
-                    f"weights in {quantization}",
-                )
-            )
-        if context.kv_dtype == "bf16":
-            share = kv_token_bytes(spec, "int8") / kv_token_bytes(spec, "bf16")
-            kv_bytes = math.ceil(ledger.kv_bytes * share)
-            found.append(
-                _remedy(
-                    {"kv_dtype": "int8", "kv_memory": kv_bytes},
-                    ledger.kv_bytes - kv_bytes,
-                    "KV int8 for as many tokens",
-                )
-            )
-        for length in (32768, 8192, 4096, 2048):
-            if length < context.max_model_len:
-                blocks = -(-length // fulcrum_core.BLOCK_SIZE)
-                old_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
-                kv_bytes = max(blocks, context.num_kv_blocks * blocks // old_blocks)
-                kv_bytes *= ledger.kv_bytes // context.num_kv_blocks
-                found.append(
-                    _remedy(
-                        {"max_model_len": length, "kv_memory": kv_bytes},
-                        ledger.kv_bytes - kv_bytes,
-                        f"context of {length} tokens for as many sequences",
-                    )
-                )
-        found = [remedy for remedy in found if remedy.frees_bytes > 0]
-        return sorted(found, key=lambda remedy: -remedy.frees_bytes)
-
-
-def shortage_text(memory: Memory) -> str:
-    """One line: how much is short and what would free it."""
-    ways = ", ".join(remedy.text for remedy in memory.remedies) or "nothing frees that much here"
-    return (
-        f"needs {mib(memory.total_bytes)}, {mib(memory.short_bytes)} more than the "
-        f"{mib(memory.available_bytes)} there are: {ways}"
-    )
 
 
 def pinned(config: EngineConfig, ledger: Ledger, plan: DeploymentPlan) -> EngineConfig:
@@ -281,20 +208,6 @@ def pinned(config: EngineConfig, ledger: Ledger, plan: DeploymentPlan) -> Engine
         kv_memory_bytes=ledger.kv_bytes,
         max_model_len=plan.context.max_model_len,
     )
-
-
-def _remedy(setting: dict[str, Any], frees_bytes: int, what: str) -> Remedy:
-    return Remedy(setting, frees_bytes, f"{what} frees {mib(frees_bytes)}")
-
-
-def _routes(config: EngineConfig, plan: DeploymentPlan, sequence_tokens: int) -> Routes:
-    blocks = max(1, -(-sequence_tokens // fulcrum_core.BLOCK_SIZE))
-    by_memory = plan.context.num_kv_blocks // blocks
-    if sequence_tokens > plan.context.max_model_len:
-        return Routes(sequence_tokens, 0, "kv")
-    if by_memory < config.max_sequences:
-        return Routes(sequence_tokens, by_memory, "kv")
-    return Routes(sequence_tokens, config.max_sequences, "max_sequences")
 
 
 def _model_drafts(

@@ -5,19 +5,17 @@ loaded. `GET /v1/optimizations` and `tools.preview` show it.
 """
 
 from collections import Counter
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import fulcrum_core
 import msgspec
 
-from engine.checkpoint.cache import cache_folder
-from engine.checkpoint.gguf import GgufFile
 from engine.checkpoint.tensor import CheckpointError
 from engine.config import EngineConfig, KvDtype, Quantization
 from engine.ledger import kv_token_bytes, mib, plan_deployment, planned_weights_bytes
 from engine.loader import ModelHeaders
 from engine.machine import physical_cores
+from engine.planning.draft_candidates import find_candidate
 from engine.speculation.load import choose_head
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
@@ -32,7 +30,6 @@ _LEVEL_MEANING = {
     "fp8": "8-bit floats",
 }
 _MTP_MARKS = (".mtp.", "mtp.", "nextn", ".eh_proj", "multi_token")
-_VOCABULARY_KEYS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
 
 
 class Technique(msgspec.Struct, frozen=True, kw_only=True):
@@ -178,28 +175,12 @@ def _draft_model(headers: ModelHeaders) -> tuple[bool, str, str | None]:
         weights = headers.draft.weights
         evidence = f"{headers.draft.name} has the same vocabulary; {weights.formats}"
         return True, f"{evidence}, {mib(planned_weights_bytes(weights, headers.isa))}", None
-    needs = "--draft-model, a model of at most half the size with the same vocabulary"
-    own = _gguf_vocabulary(path) if headers.resolved.kind == "gguf" else None
-    own_bytes = path.stat().st_size if path.is_file() else _folder_bytes(path)
-    others = [p for p in sorted(cache_folder().glob("packages/*/*.gguf")) if p != path]
-    smaller = [p for p in others if p.stat().st_size <= own_bytes / 2]
-    for candidate in smaller:
-        if own is not None and _gguf_vocabulary(candidate) == own:
-            return True, f"{candidate.name} has the same vocabulary and half the size", needs
-    found = f"{len(others)} other models in the cache, {len(smaller)} of at most half the size"
-    return False, f"{found}, none with the same vocabulary", needs
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
-def _gguf_vocabulary(path: Path) -> tuple[Any, ...] | None:
-    try:
-        metadata = GgufFile(path).metadata
-    except CheckpointError:
-        return None
-    return tuple(metadata.get(key) for key in _VOCABULARY_KEYS)
+    found, evidence = find_candidate(path)
+    return (
+        found,
+        evidence,
+        "--draft-model, a model of at most half the size with the same vocabulary",
+    )
 
 
 def _hardware(headers: ModelHeaders) -> list[Technique]:

@@ -42,10 +42,11 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     before: dict[str, Any]
     after: dict[str, Any]
-    mode: str  # "beside" or "drain"
+    mode: str  # "beside", "drain" or "next_step"
     build_s: float
     switch_s: float
-    longest_pause_s: float | None
+    longest_pause_s: float  # of any sequence between two tokens, from the build to the end
+    pauses_s: dict[str, float]  # the longest that ended in each state of the apply
     memory: MemoryOutcome | None
     speed: SpeedOutcome | None
     quality: Quality | None

@@ -1,4 +1,4 @@
-"""Times steps and drafts of several sizes before anybody is served, and seeds the cost curves.
+"""Times steps and drafts of several sizes between steps that serve, and seeds the cost curves.
 
 Machines are shared: whatever else runs makes single times too long. So sizes take turns, the least
 time of each counts, and those that contradict themselves or others are timed again. The runner
@@ -6,7 +6,7 @@ calls it.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,17 +40,40 @@ class _Probe:
     run: Callable[[], float]
     times_s: list[float] = field(default_factory=list)
 
-    def time(self) -> None:
-        self.times_s.append(self.run())
+
+class _Budget:
+    """Time for probes; what others do between them does not count."""
+
+    def __init__(self, time_s: float) -> None:
+        self.time_s = time_s
+        self._spent_s = 0.0
+
+    def time(self, probe: _Probe) -> None:
+        began_s = time.monotonic()
+        probe.times_s.append(probe.run())
+        self._spent_s += time.monotonic() - began_s
+
+    def fits(self, probe: _Probe, probes: Row[_Probe], share: float = 1.0) -> bool:
+        """Whether the share has time for it: one of twice the size takes twice the time at most."""
+        most_s = max(
+            (
+                (other.size, min(other.times_s) * probe.size / other.size)
+                for other in probes
+                if other.curve is probe.curve and other.times_s and other.size <= probe.size
+            ),
+            default=(0, 0.0),
+        )[1]
+        return self._spent_s + most_s < self.time_s * share
 
 
-def calibrate(
+def calibration(
     batch: Batch, policy: SpeculationPolicy, most_tokens: int, blocks: Row[int], time_s: float
-) -> None:
-    """Time steps and drafts of several sizes between two steps, and seed what they cost.
+) -> Generator[None]:
+    """Time steps and drafts of several sizes and seed what they cost; yields after each of them.
 
-    `blocks` of the caches are written to and hold `most_tokens`; it takes about `time_s` at most,
-    and on a core that has not run yet the first runs besides.
+    It goes on only between two steps. `blocks` of the caches are written to and hold
+    `most_tokens`; it takes about `time_s` at most, and on a core that has not run yet the first
+    runs besides.
     """
     if not most_tokens:
         return
@@ -74,19 +97,32 @@ def calibrate(
     # first request would else.
     for probe in (steps[0], *(of_one[0] for of_one in calls_of if of_one)):
         probe.run()
-    began_s = time.monotonic()
-    ends_at_s = began_s + time_s
+        yield
+    budget = _Budget(time_s)
     for share in _ROUND_SHARES:
-        _time_those_that_fit(small, began_s + time_s * share)
-    _time_those_that_fit(large + large_calls, ends_at_s, beside=small)
+        for probe in small:
+            if budget.fits(probe, small, share):
+                budget.time(probe)
+                yield
+        _seed(small)
+    for probe in large + large_calls:
+        if budget.fits(probe, [*small, *large, *large_calls]):
+            budget.time(probe)
+            yield
     probes = [probe for probe in steps + calls + large if probe.times_s]
-    while probes and time.monotonic() < ends_at_s:
+    while probes:
         worst = max(probes, key=partial(_suspicion, probes=probes))
-        if _suspicion(worst, probes) < _SUSPICIOUS or not _fits(worst, probes, ends_at_s):
+        if _suspicion(worst, probes) < _SUSPICIOUS or not budget.fits(worst, probes):
             break
-        worst.time()
+        budget.time(worst)
+        yield
+    _seed(probes)
+
+
+def _seed(probes: Row[_Probe]) -> None:
     for probe in probes:
-        probe.curve.seed(probe.size, min(probe.times_s))
+        if probe.times_s:
+            probe.curve.seed(probe.size, min(probe.times_s))
 
 
 def _call_probes(
@@ -107,25 +143,6 @@ def _in_turns(steps: list[_Probe], calls: list[_Probe]) -> Iterator[_Probe]:
         yield steps[index % len(steps)]
         if index < len(calls):
             yield calls[index]
-
-
-def _time_those_that_fit(probes: list[_Probe], ends_at_s: float, beside: Row[_Probe] = ()) -> None:
-    for probe in probes:
-        if _fits(probe, [*beside, *probes], ends_at_s):
-            probe.time()
-
-
-def _fits(probe: _Probe, probes: Row[_Probe], ends_at_s: float) -> bool:
-    """Whether there is time for it: one of twice the size takes twice the time at most."""
-    most_s = max(
-        (
-            (other.size, min(other.times_s) * probe.size / other.size)
-            for other in probes
-            if other.curve is probe.curve and other.times_s and other.size <= probe.size
-        ),
-        default=(0, 0.0),
-    )[1]
-    return time.monotonic() + most_s < ends_at_s
 
 
 def _suspicion(probe: _Probe, probes: Row[_Probe]) -> float:

@@ -59,7 +59,10 @@ export function receiptNode(receipt) {
   if (quality?.kl_divergence !== null && quality?.kl_divergence !== undefined) {
     facts.push(["Quality", `KL ${quality.kl_divergence.toFixed(4)}, same token ${percent(quality.top1_agreement)} (${quality.basis})`]);
   } else if (quality) facts.push(["Quality", quality.note || quality.basis]);
-  if (receipt.longest_pause_s) facts.push(["Longest pause", `${(1000 * receipt.longest_pause_s).toFixed(0)} ms`]);
+  if (receipt.longest_pause_s) {
+    const [state] = Object.entries(receipt.pauses_s).find(([, seconds]) => seconds === receipt.longest_pause_s);
+    facts.push(["Longest pause", `${(1000 * receipt.longest_pause_s).toFixed(0)} ms, while ${state}`]);
+  }
   if (receipt.build_s) facts.push(["Built in", `${receipt.build_s.toFixed(1)} s, ${receipt.mode.replace("_", " ")}`]);
   return element("article", { class: "receipt" },
     element("div", {},

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine import scheduler
 from engine.migration import SwitchError
 from engine.runner import EngineSettings
 from tests.engine.fake_core import FakeCore
@@ -89,6 +90,54 @@ def test_one_sequence_moves_at_a_time_while_the_others_decode(client: Client) ->
     client.wait_all()
     for seq_id in seq_ids:
         client.assert_exact(seq_id)
+
+
+def test_a_sequence_decodes_on_while_the_new_core_warms_up_for_it(client: Client) -> None:
+    free = _slow(client)
+    seq_ids = [
+        client.submit(*range(1 + i, 25 + i), max_tokens=20, ignore_eos=True, seed=i)
+        for i in range(4)
+    ]
+    client.wait_for(lambda: all(client.output(seq_id) for seq_id in seq_ids))
+    core = FakeCore(100)
+    done = client.engine.switch(core, _settings())
+    free()
+    done.result(WAIT_S)
+    client.wait_all()
+    for seq_id in seq_ids:
+        client.assert_exact(seq_id)
+        steps = [
+            index
+            for index, report in enumerate(client.reports)
+            for event in report.events
+            if event.seq_id == seq_id and event.token_ids
+        ]
+        # Two steps of 16 tokens would compute its text again; nobody misses one.
+        assert steps == list(range(steps[0], steps[0] + 20))
+    told = {event.seq_id for report in client.reports for event in report.events}
+    assert told == set(seq_ids)
+    client.wait_idle()
+    client.assert_all_free()
+
+
+def test_the_new_core_computes_texts_in_small_chunks_while_others_decode(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "MIXED_STEP_TOKENS", 8)
+    monkeypatch.setattr(scheduler, "MIN_MIXED_CHUNK", 4)
+    free = _slow(client)
+    for i in range(3):
+        client.submit(*range(1 + i, 25 + i), max_tokens=20, ignore_eos=True, seed=i)
+    client.wait_for(lambda: all(client.output(seq_id) for seq_id in range(3)))
+    core = FakeCore(100)
+    done = client.engine.switch(core, _settings(max_step_tokens=64))
+    free()
+    done.result(WAIT_S)
+    assert max(core.step_sizes) <= 8
+    client.wait_all()
+    client.submit(*range(39, 0, -1), max_tokens=2, ignore_eos=True)
+    client.wait_all()
+    assert max(core.step_sizes) == 39, "nobody decodes beside it any more"
 
 
 def test_a_core_whose_steps_fail_gives_all_sequences_back(client: Client) -> None:

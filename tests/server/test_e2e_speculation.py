@@ -1,5 +1,6 @@
 """Speculation as a client sees it: a real server with drafters, the real model."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,21 @@ def test_metrics_count_what_was_drafted_and_accepted(drafting: ServerProcess) ->
     (speedup,) = metrics["fulcrum_speculation_measured_speedup"].samples
     # A step emits nine tokens at most, and takes no less time for them than for one.
     assert 0.1 < speedup.value < 9.0
+
+
+def test_every_metric_of_the_dashboard_is_served(drafting: ServerProcess) -> None:
+    _complete(drafting, "ngram")
+    dashboard = httpx.get(f"{drafting.url}/page/grafana.json").json()
+    text = httpx.get(f"{drafting.url}/metrics").text
+    # A sensor that this machine has not is described and has no sample.
+    served = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE):
+        parts = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        served |= {name + part for part in parts}
+    expressions = [one["expr"] for panel in dashboard["panels"] for one in panel["targets"]]
+    named = {name for text in expressions for name in re.findall(r"fulcrum_\w+", text)}
+    assert named <= served, named - served
+    assert "fulcrum_speculation_measured_speedup" in named
+    places = {tuple(panel["gridPos"].values()) for panel in dashboard["panels"]}
+    ids = {panel["id"] for panel in dashboard["panels"]}
+    assert len(places) == len(ids) == len(dashboard["panels"])

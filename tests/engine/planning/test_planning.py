@@ -1,10 +1,13 @@
 """Proposals, previews, qualification, calibration and quality of a tiny model."""
 
+import json
+import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from engine.checkpoint.cache import cache_folder
 from engine.config import ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
@@ -99,6 +102,31 @@ def test_each_technique_has_evidence_or_says_what_it_needs(
     assert rows["speculation ngram"].setting == {"speculation": "ngram"}
 
 
+def test_a_model_in_the_cache_that_could_draft_is_found(
+    planner: Planner, config: EngineConfig, tiny: Path
+) -> None:
+    def draft_row() -> tuple[bool, bool, str]:
+        rows = {row.name: row for row in qualify(planner.headers, config, "int8")}
+        row = rows["speculation draft"]
+        assert "--draft-model" in (row.needs or "")
+        return row.qualified, row.enabled, row.evidence
+
+    assert draft_row()[:2] == (False, False)
+    snapshot = cache_folder() / "hub" / "some--smaller" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    (snapshot / "model.safetensors").write_bytes(bytes(100))
+    vocabulary = json.loads((tiny / "tokenizer.json").read_bytes())
+    vocabulary["model"]["vocab"]["another"] = 300
+    (snapshot / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert draft_row()[0] is False
+    del vocabulary["model"]["vocab"]["another"]
+    (snapshot / "tokenizer.json").write_text(json.dumps(vocabulary))
+    qualified, enabled, evidence = draft_row()
+    assert (qualified, enabled) == (True, False)
+    assert "some--smaller" in evidence
+
+
 def test_a_calibration_is_made_once_and_predicts_its_own_steps(
     planner: Planner, config: EngineConfig
 ) -> None:
@@ -120,19 +148,52 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
         assert interval.high < 1.21 * interval.value
 
 
+CALIBRATION = Calibration(
+    decode={1: Timing(0.010, 0.0), 8: Timing(0.024, 0.0)},
+    prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
+    context_s_per_token=1e-6,
+    prefill_context_s=1e-9,
+    python_s=1e-4,
+    load_average=0.0,
+    seconds=1.0,
+)
+
+
+def test_a_prediction_is_at_the_pace_of_recent_steps(
+    planner: Planner, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observer, model = Observer(), CostModel(CALIBRATION)
+    began_s = time.monotonic()
+
+    def observe(seq_id: int, step_s: float, num_drafted: int = 0) -> None:
+        events = (TokenEvent(seq_id, (1,) * (1 + num_drafted)),)
+        load = EngineLoad(num_running=1, num_held_blocks=1)
+        observer.observe(StepReport(events, load, step_s, 1 + num_drafted, num_drafted))
+
+    for _ in range(24):
+        observe(1, 3.0, num_drafted=2)  # of another size: it says nothing of the pace
+    assert observer.pace(began_s, model) is None
+    for _ in range(12):
+        observe(1, 2 * (model.decode_step_s(1, 8) + model.streaming_s(1)))
+        observe(-1, 2 * model.decode_step_s(1, 8))  # nobody is sent these
+    pace = observer.pace(began_s, model)
+    assert pace is not None
+    assert pace.ratio == pytest.approx(2.0)
+    assert observer.pace(time.monotonic(), model) is None
+
+    def speed(at_s: float) -> float:
+        calibration = msgspec.structs.replace(CALIBRATION, at_s=at_s)
+        monkeypatch.setattr(planner, "calibration", lambda plan, measure: calibration)
+        preview = planner.preview(config, Proposal(), available_bytes=1 << 40, pace=pace)
+        assert preview.speed is not None
+        assert ("steps of late" in preview.speed_basis) == (at_s == 0.0)
+        return preview.speed.decode_tokens_per_s.value
+
+    assert speed(at_s=0.0) == pytest.approx(speed(at_s=time.time()) / 2)
+
+
 def test_the_cost_model_interpolates_and_adds_context() -> None:
-    timings = {1: Timing(0.010, 0.0), 8: Timing(0.024, 0.0)}
-    model = CostModel(
-        Calibration(
-            decode=timings,
-            prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
-            context_s_per_token=1e-6,
-            prefill_context_s=1e-9,
-            python_s=1e-4,
-            load_average=0.0,
-            seconds=1.0,
-        )
-    )
+    model = CostModel(CALIBRATION)
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
     assert model.decode_step_s(1, 1000 + SHORT_PROMPT) == pytest.approx(0.011)

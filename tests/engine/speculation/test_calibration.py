@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.speculation.calibration import calibrate
+from engine.speculation.calibration import calibration
 from engine.speculation.costs import Costs
 from engine.speculation.policy import SpeculationPolicy
 
@@ -33,7 +33,8 @@ class Machine:
 @pytest.mark.parametrize("seed", range(5))
 def test_small_sizes_are_right_where_a_third_of_the_times_is_disturbed(seed: int) -> None:
     machine, policy = Machine(1 / 3, seed), SpeculationPolicy([], Costs(512, 64))
-    calibrate(machine, policy, 192, list(range(12)), 1.0)  # type: ignore[arg-type]
+    for _ in calibration(machine, policy, 192, list(range(12)), 1.0):  # type: ignore[arg-type]
+        pass
     times_s = policy.costs.step.times_s()
     for size in (1, 2, 3, 4, 5, 6, 8):
         assert times_s[size] == pytest.approx(machine.truth_s(size), rel=0.15), size
@@ -41,6 +42,7 @@ def test_small_sizes_are_right_where_a_third_of_the_times_is_disturbed(seed: int
 
 def test_times_that_agree_are_not_taken_again() -> None:
     machine, policy = Machine(0.0, 0), SpeculationPolicy([], Costs(512, 64))
-    calibrate(machine, policy, 192, list(range(12)), 1.0)  # type: ignore[arg-type]
+    for _ in calibration(machine, policy, 192, list(range(12)), 1.0):  # type: ignore[arg-type]
+        pass
     assert len(machine.sizes) < 40
     assert {1, 2, 4, 8, 32, 128, 192} <= set(machine.sizes)
