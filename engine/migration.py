@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from msgspec.structs import replace
 
 from engine.batch import Core
-from engine.runner import EngineSettings, Runner, StepFailedError
+from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.scheduler import Scheduler
 from engine.speculation.setup import Speculation
 from engine.types import EngineLoad, TokenEvent
@@ -71,12 +71,12 @@ class Former:
             if running is not None:
                 target.adopt(running)
 
-    def step(self) -> tuple[list[TokenEvent], int]:
-        """Advance the sequences that have not moved; events, and the number of tokens."""
+    def step(self) -> tuple[list[TokenEvent], StepCounts]:
+        """Advance the sequences that have not moved; events, and what was computed."""
         try:
             return self.runner.step()
         except StepFailedError as failure:
-            return self.runner.scheduler.fail(failure.plan, str(failure)), 0
+            return self.runner.scheduler.fail(failure.plan, str(failure)), NOTHING
 
 
 def joined_load(current: EngineLoad, former: EngineLoad | None) -> EngineLoad:

@@ -221,8 +221,6 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
     def adopt(deployment: Deployment, max_model_len: int) -> None:
         model, gate = app[MODEL], app[CLIENT].gate
         loaded = deployment.loaded
-        if model.fingerprint != loaded.fingerprint:
-            gate.costs.renew()
         model.max_model_len = max_model_len
         model.fingerprint = loaded.fingerprint
         model.drafters = loaded.speculation.drafters

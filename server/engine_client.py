@@ -260,6 +260,8 @@ class EngineClient:
         now_s = time.monotonic()
         self.load = report.load
         self._metrics.observe_step(report)
+        if report.step_costs is not None:
+            self.gate.costs.renew(report.step_costs)
         if report.num_step_tokens:
             self._learn_step(report)
         for event in report.events:
@@ -293,19 +295,9 @@ class EngineClient:
     def _learn_step(self, report: StepReport) -> None:
         costs = self.gate.costs
         costs.observe_step(report.num_step_tokens, report.step_s)
-        num_decoding = num_ended = num_emitted = 0
-        for event in report.events:
-            entry = self._streams.get(event.seq_id)
-            # First tokens come from steps that compute prompts.
-            if entry is not None and event.token_ids and entry[1].last_token_s is not None:
-                num_decoding += 1
-                num_ended += event.finish_reason is not None
-                num_emitted += len(event.token_ids)
-        if num_decoding:
-            is_all = num_decoding - num_ended == report.load.num_running
-            costs.observe_decode(
-                num_decoding, num_emitted, report.num_step_tokens if is_all else None
-            )
+        if report.num_decoding:
+            num_verified = report.num_decoding + report.num_drafted
+            costs.observe_decode(report.num_decoding, report.num_emitted, num_verified)
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]

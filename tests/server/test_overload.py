@@ -108,6 +108,21 @@ def test_a_deadline_that_cannot_be_met_is_refused_before_anything_is_computed() 
     run(main())
 
 
+def test_what_the_engine_timed_at_its_start_decides_on_the_first_request() -> None:
+    async def main() -> None:
+        engine = FakeEngine()
+        engine.step_costs = ((1, 0.02), (8, 0.03))
+        async with serve(engine) as served:
+            client = served.app[CLIENT]
+            await wait_for(lambda: client.gate.costs.costs.step_points)
+            wish = BODY | {"max_tokens": 1000, "ignore_eos": True, "timeout": 2}
+            status, code, _ = await refusal(served, wish)
+            assert (status, code) == (429, "deadline_too_short")
+            assert not engine.submits
+
+    run(main())
+
+
 def test_a_short_answer_meets_a_deadline_that_the_usual_one_would_not() -> None:
     async def main() -> None:
         async with serve(FakeEngine(step_s=0.01)) as served:
