@@ -24,6 +24,7 @@ _NUM_DECISIONS = 32
 _DUE_HORIZON_S = 5.0
 # After a restart or when a step comes back: nobody can know, so not too long.
 _UNKNOWN_RETRY_S = 10.0
+_UNKNOWN_COSTS_RETRY_S = 1.0  # before the first step
 
 _MESSAGES: dict[Reason, str] = {
     "queue_full": "The queue is full. Try again later.",
@@ -101,10 +102,9 @@ class Gate:
         now_s = self._clock()
         horizon_s = min(_DUE_HORIZON_S, self.limits.max_ttft_s / 2)
         num_due = self._promises.num_due(now_s, horizon_s, ask.priority)
-        key = b""
-        if self._promises.num_open and arrival.is_retry is not False:
-            key = digest(arrival.sender, arrival.body)
-        is_promised = bool(key) and self._promises.is_due(key, now_s)
+        # With nobody promised anything, nobody needs to be known again.
+        key = digest(arrival.sender, arrival.body) if self._promises.num_open else b""
+        is_promised = self._promises.is_due(key, now_s, arrival.is_retry)
         # How long the answer may become, and so when it could end, is known with the prompt only.
         timeout_s = arrival.left_s(now_s) if is_final else None
         ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=timeout_s)
@@ -112,12 +112,9 @@ class Gate:
         decision = admit(ask, load, self.costs.costs, self.condition, self.limits)
         if isinstance(decision, Admit):
             if is_final:
-                if is_promised:
-                    self._promises.keep(key)
+                self._promises.come(key, now_s, arrival.is_retry)
                 self._note(ask, now_s, decision.forecast, "admitted", None)
             return decision.forecast
-        if is_promised:
-            self._promises.keep(key)  # it came; now it is told another time
         retry_after_s = self._retry_after_s(decision, arrival, ask, now_s)
         self._note(ask, now_s, decision.forecast, decision.reason, retry_after_s)
         raise self._error(decision, ask, retry_after_s)
@@ -171,9 +168,10 @@ class Gate:
             digest(arrival.sender, arrival.body),
             decision.forecast.work_s,
             ask.num_sequences,
-            decision.retry_after_s or 0.0,
+            decision.retry_after_s or _UNKNOWN_COSTS_RETRY_S,
             now_s,
             ask.priority,
+            is_retry=arrival.is_retry,
         )
 
     def _error(self, decision: Reject, ask: Ask, retry_after_s: float | None) -> ApiError:
