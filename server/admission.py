@@ -20,10 +20,6 @@ Reason = Literal[
     "deadline_too_short",  # the answer is predicted after the request's own timeout
     "memory_derated",  # would fit the whole device, but not what is left of it
     "device_draining",
-    "engine_stale",
-    "engine_dead",
-    "shutting_down",
-    "shed",
 ]
 
 # While others were told to come again soon, those that were not leave them this share of the
@@ -76,7 +72,7 @@ def admit(
     limits = limits.scaled(condition.factor)
     seen = forecast(ask, load.sequences, costs, limits)
     if ask.num_sequences > limits.capacity or (
-        limits.num_blocks and seen.num_blocks > ask.num_sequences * limits.num_blocks
+        limits.num_blocks and seen.most_blocks > limits.num_blocks
     ):
         return Reject(503, "memory_derated", None, seen)
     refusal = _refuse_place(ask, load, costs, limits, seen)

@@ -63,7 +63,6 @@ class EngineClient:
         self._seq_ids = itertools.count(1)
         self._streams: dict[int, tuple[Generation, Stream]] = {}
         self._generations: set[Generation] = set()
-        self._num_open = 0  # sequences reserved, or not yet ended by the engine
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -119,7 +118,6 @@ class EngineClient:
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
-            self._num_open -= len(self._streams)
             self._streams.clear()
         self.gate.look()
         num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
@@ -135,16 +133,15 @@ class EngineClient:
     def open(self, arrival: Arrival, num_sequences: int) -> Generation:
         """Reserve places for a request; raises the 400, 429 or 503 that refuses it."""
         if self.draining:
-            raise self.gate.refuse("shutting_down", num_sequences)
+            raise self.gate.refuse("shutting_down", arrival, num_sequences)
         state = self.engine_state()
         if state == "engine dead":
-            raise self.gate.refuse("engine_dead", num_sequences)
+            raise self.gate.refuse("engine_dead", arrival, num_sequences)
         if state == "engine stale":
-            raise self.gate.refuse("engine_stale", num_sequences)
+            raise self.gate.refuse("engine_stale", arrival, num_sequences)
         ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
         self._make_room(ask)
         self.gate.decide(arrival, ask, self._open_load(), is_final=False)
-        self._num_open += num_sequences
         generation = Generation(self, arrival, num_sequences)
         self._generations.add(generation)
         self._idle.clear()
@@ -162,7 +159,7 @@ class EngineClient:
         ask = Ask(
             rank_s=arrival.rank_s,
             num_sequences=len(prompts) * len(choices[0]),
-            num_prompt_tokens=max(map(len, prompts)),
+            prompt_lengths=tuple(map(len, prompts)),
             max_tokens=max(params.max_tokens for row in choices for params in row),
             ignore_eos=choices[0][0].ignore_eos,
             priority=arrival.priority,
@@ -186,10 +183,9 @@ class EngineClient:
 
     def note_expired(self, generation: Generation) -> None:
         num_open = sum(stream.finish_reason is None for stream in generation.streams)
-        self._metrics.observe_decision("deadline_expired", num_open + generation.num_reserved)
+        self.gate.note_expired(generation.arrival, num_open + generation.num_reserved)
 
-    def close(self, generation: Generation, num_unused: int) -> None:
-        self._num_open -= num_unused
+    def close(self, generation: Generation) -> None:
         self._generations.discard(generation)
         if not self._generations:
             self._idle.set()
@@ -197,7 +193,7 @@ class EngineClient:
     @property
     def num_open(self) -> int:
         """Sequences that hold a place; 0 when every one has been ended by the engine."""
-        return self._num_open
+        return len(self._streams) + sum(one.num_reserved for one in self._generations)
 
     # Who is in, and who has to go
 
@@ -238,14 +234,15 @@ class EngineClient:
             self._shed(num_missing, above_priority=ask.priority)
 
     def _shed(self, num_sequences: int, *, above_priority: int | None) -> None:
-        """End waiting requests, those of the last rank first, until so many sequences are gone."""
+        """End waiting requests, the lowest priority and then the youngest first, until so many
+        sequences are gone."""
         waiting = [
             generation
             for generation in self._generations
             if generation.is_waiting
             and (above_priority is None or generation.arrival.priority > above_priority)
         ]
-        waiting.sort(key=lambda generation: generation.arrival.rank_s)
+        waiting.sort(key=lambda one: (one.arrival.priority, one.arrival.arrived_at_s))
         costs, limits = self.gate.costs.costs, self.gate.limits
         while num_sequences > 0 and waiting:
             generation = waiting.pop()
@@ -301,7 +298,6 @@ class EngineClient:
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]
-        self._num_open -= 1
         duration_s = now_s - stream.submitted_s
         reason = stream.finish_reason or event.finish_reason or "error"
         if reason in ("stop", "length") and stream.num_tokens:

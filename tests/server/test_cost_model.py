@@ -60,7 +60,7 @@ def test_forecasts_that_are_wrong_are_corrected() -> None:
     model = learnt(0.004, 0.0005)
     limits = Limits(max_sequences=8, max_queue=64)
     for _ in range(200):
-        ask = Ask(rank_s=0.0, num_prompt_tokens=200, max_tokens=10)
+        ask = Ask(rank_s=0.0, prompt_lengths=(200,), max_tokens=10)
         predicted_s = forecast(ask, (), model.costs, limits).ttft_s
         model.observe_first_token(200, 0, predicted_s / model.costs.ttft_scale, 0.3)
     assert predicted_s == pytest.approx(0.3, rel=0.1)
@@ -111,7 +111,7 @@ def test_accepted_drafts_end_a_sequence_in_fewer_and_dearer_steps() -> None:
         model.observe_step(8, 0.016)
         model.observe_decode(2, 4, 8)  # three drafts each, of which one is accepted
     running = [OpenSequence(0.0, 10, 90 + seq, 100, True) for seq in (0, 1)]
-    ask = Ask(rank_s=1.0, num_prompt_tokens=1, max_tokens=100, ignore_eos=True)
+    ask = Ask(rank_s=1.0, prompt_lengths=(1,), max_tokens=100, ignore_eos=True)
     costs = model.costs
     assert costs.verified_per_step == pytest.approx(4, rel=0.05)
     assert costs.decode_s(2) == pytest.approx(0.008, rel=0.1)
@@ -128,7 +128,7 @@ def test_a_full_server_is_predicted_from_how_far_its_sequences_are() -> None:
     def running(num_output_tokens: int) -> OpenSequence:
         return OpenSequence(0.0, 10, num_output_tokens, 100, True)
 
-    ask = Ask(rank_s=1.0, num_prompt_tokens=10, max_tokens=100, ignore_eos=True)
+    ask = Ask(rank_s=1.0, prompt_lengths=(10,), max_tokens=100, ignore_eos=True)
     # A lane is free when the sequence with 90 of its 100 tokens ends: 10 steps, and one of its own.
     seen = forecast(ask, [running(50), running(90)], costs, limits)
     assert seen.ttft_s == pytest.approx(0.11)
