@@ -3,6 +3,7 @@
 The engine client feeds one `CostModel`; admission reads its frozen `Costs` and predicts with them.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 
@@ -13,6 +14,10 @@ from engine.speculation.cost_curve import CostCurve
 # A mean follows the last few dozen steps or requests: clocks, neighbours and users change.
 _STEP_WEIGHT = 0.05
 _REQUEST_WEIGHT = 0.05
+_SPEED_MEMORY_S = 2.0  # predictions look a few seconds ahead
+_SCALE_WEIGHT = 0.02  # what is wrong with predictions in general is no matter of the moment
+# A step that hung says nothing of the next one.
+_MAX_STEP_RATIO = 4.0
 # Predictions below this say nothing about how good predictions are.
 _MIN_PREDICTION_S = 0.02
 # Tokens of a step up to which its cost is learnt; beyond, it grows as before.
@@ -97,9 +102,12 @@ class CostModel:
         self._curve = CostCurve(_MAX_TOKENS)
         for num_tokens, step_s in step_costs:
             self._curve.seed(num_tokens, step_s)
+        # The curve says how sizes compare, and follows the usual step; what counts here is the
+        # mean of the last seconds, stalls included.
+        self._observed_s = self._by_shape_s = 0.0
         self._emitted = _Mean(_STEP_WEIGHT, prior.tokens_per_step)
         self._verified = _Mean(_STEP_WEIGHT, prior.verified_per_step)
-        self._ttft_scale = _Mean(_REQUEST_WEIGHT, prior.ttft_scale, 4)
+        self._ttft_scale = _Mean(_SCALE_WEIGHT, prior.ttft_scale, 4)
         self._costs = None
 
     @property
@@ -118,7 +126,18 @@ class CostModel:
 
     def observe_step(self, num_tokens: int, step_s: float) -> None:
         self._curve.observe(num_tokens, step_s)
+        curve = self._curve
+        shape_s = float(curve.times_s()[min(num_tokens, _MAX_TOKENS)]) / curve.common
+        step_s = min(step_s, _MAX_STEP_RATIO * self._slowness * shape_s)
+        kept_share = math.exp(-step_s / _SPEED_MEMORY_S)
+        self._observed_s = kept_share * self._observed_s + step_s
+        self._by_shape_s = kept_share * self._by_shape_s + shape_s
         self._costs = None
+
+    @property
+    def _slowness(self) -> float:
+        """Seconds of the last steps, against those of the curve's shape."""
+        return self._observed_s / self._by_shape_s if self._by_shape_s else self._curve.common
 
     def observe_decode(self, num_sequences: int, num_emitted: int, num_verified: int) -> None:
         """What a step gave to the sequences that decoded, and how many tokens it verified."""
@@ -143,5 +162,5 @@ class CostModel:
     def _step_points(self) -> tuple[tuple[float, float], ...]:
         if not self._curve.is_known:
             return self._former_points
-        times_s = self._curve.times_s()
+        times_s = self._curve.times_s() * (self._slowness / self._curve.common)
         return tuple((float(size), float(times_s[size])) for size in self._curve.sizes)

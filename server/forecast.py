@@ -114,10 +114,10 @@ def forecast(
     num_work_tokens = num_own_tokens
     if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
         num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
-    wait_s = max(
-        start_step * costs.step_s(_steady_tokens(num_decoding, costs)),
-        _prefill_s(num_ahead_tokens, num_decoding, costs, limits),
-    )
+    steady_s = costs.step_s(_steady_tokens(num_decoding, costs))
+    wait_s = max(start_step * steady_s, _prefill_s(num_ahead_tokens, num_decoding, costs, limits))
+    if num_decoding:
+        wait_s += steady_s / 2  # the step that is being computed
     ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
     width = min(num_lanes, num_decoding + ask.num_sequences)
     idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)

@@ -91,6 +91,11 @@ class CostCurve:
         """Return the times by size, index 0 unused; do not write to it."""
         return self._curve
 
+    @property
+    def common(self) -> float:
+        """The part of the times that is the machine's speed of the moment, the same for all."""
+        return self._common
+
     def points(self) -> list[tuple[int, float]]:
         """Return (size, seconds) of the sizes that were measured."""
         return [

@@ -26,9 +26,17 @@ def test_a_step_is_predicted_from_noisy_ones(num_tokens: int) -> None:
 
 def test_predictions_follow_when_the_machine_slows_down() -> None:
     model = learnt(0.004, 0.0005)
-    for _ in range(100):
+    for _ in range(300):
         model.observe_step(8, 0.024)
     assert model.costs.step_s(8) == pytest.approx(0.024, rel=0.1)
+
+
+def test_stalls_count_by_the_time_that_they_take() -> None:
+    model = learnt(0.004, 0.0005)
+    draw = random.Random(3)
+    for _ in range(400):
+        model.observe_step(8, 0.050 if draw.random() < 0.25 else 0.010)
+    assert model.costs.step_s(8) == pytest.approx(0.020, rel=0.3)
 
 
 def test_one_step_that_hung_changes_little() -> None:
@@ -129,12 +137,13 @@ def test_a_full_server_is_predicted_from_how_far_its_sequences_are() -> None:
         return OpenSequence(0.0, 10, num_output_tokens, 100, True)
 
     ask = Ask(rank_s=1.0, prompt_lengths=(10,), max_tokens=100, ignore_eos=True)
-    # A lane is free when the sequence with 90 of its 100 tokens ends: 10 steps, and one of its own.
+    # A lane is free when the sequence with 90 of its 100 tokens ends: what is left of this step,
+    # 10 steps, and one of its own.
     seen = forecast(ask, [running(50), running(90)], costs, limits)
-    assert seen.ttft_s == pytest.approx(0.11)
-    assert seen.end_s == pytest.approx(0.11 + 99 * 0.01)
+    assert seen.ttft_s == pytest.approx(0.115)
+    assert seen.end_s == pytest.approx(0.115 + 99 * 0.01)
     assert not seen.starts_now
     # One more in the queue takes that lane, and then the next one is free after 50.
     queued = OpenSequence(0.5, 10, 0, 100, True)
     seen = forecast(ask, [running(50), running(90), queued], costs, limits)
-    assert seen.ttft_s == pytest.approx(0.51)
+    assert seen.ttft_s == pytest.approx(0.515)

@@ -392,9 +392,8 @@ def test_at_four_times_the_capacity_those_who_come_again_in_time_get_in() -> Non
         engine = FakeEngine(step_s=0.02, max_sequences=8)
         async with serve(engine, max_sequences=8, max_ttft_s=max_ttft_s) as served:
             costs = served.app[CLIENT].gate.costs
+            costs.renew(((1, 0.02), (128, 0.02)))
             for _ in range(50):  # what a server knows that has been busy for a while
-                costs.observe_step(8, 0.02)
-                costs.observe_step(128, 0.02)
                 costs.observe_end(25)
             end_s = time.monotonic() + duration_s
             tasks = []

@@ -31,9 +31,8 @@ class Machine:
         self.now_s = 1000.0
         metrics = Metrics("m", EngineLoad)
         self.gate = Gate(LIMITS, metrics, clock=lambda: self.now_s)
+        self.gate.costs.renew([(1, STEP_S), (512, STEP_S)])
         for _ in range(20):
-            self.gate.costs.observe_step(NUM_LANES, STEP_S)
-            self.gate.costs.observe_step(512, STEP_S)
             self.gate.costs.observe_end(NUM_OUTPUT)
         self.running: list[list[float]] = []  # arrival, tokens
         self.waiting: list[float] = []
