@@ -13,9 +13,7 @@ from server.errors import MAX_RETRY_AFTER_S
 
 _LOAD_SHARE = 0.7  # of the engine's time that is promised; newcomers and errors get the rest
 _MAX_PROMISES = 4096
-_MAX_EQUAL = (
-    1024  # of these, for equal requests: one client that never waits leaves the others room
-)
+_MAX_EQUAL = 1024  # of these, for equal requests: who never waits leaves the others room
 _EARLY_S = 0.001  # no more: an equal request that comes by chance would take the place
 _LATE_S = 5.0
 _LATE_SHARE = 0.25  # of the time to wait: clients add jitter in proportion
@@ -38,6 +36,7 @@ class _Promise:
         "expires_s",
         "is_ahead",
         "is_counted",
+        "is_second",
         "is_settled",
         "key",
         "num_sequences",
@@ -62,6 +61,7 @@ class _Promise:
         self.priority = priority
         self.is_ahead = True  # not due yet
         self.is_counted = False  # among those that are due soon
+        self.is_second = False  # its client came in time, and was refused again
         self.is_settled = False
 
 
@@ -137,6 +137,7 @@ class Promises:
             # It came as it was told, and there was no room: its turn is as soon as there is.
             self._settle(promise, was_kept=True)
             promise = self._add(key, now_s, earliest_s, work_s, num_sequences, priority)
+            promise.is_second = True
         elif promise is None:
             share = max(_MIN_KEPT_SHARE, self.kept_share) / _LOAD_SHARE
             wait_s = max(earliest_s, (self._ahead_s + work_s) * share)
@@ -220,7 +221,9 @@ class Promises:
         self._num_open -= 1
         if not self._num_open:
             self._ahead_s = 0.0  # no rounding errors pile up
-        self.kept_share += _KEPT_WEIGHT * (was_kept - self.kept_share)
+        # Who gives up after coming in vain is no reason to overbook, and to refuse still more.
+        if not promise.is_second:
+            self.kept_share += _KEPT_WEIGHT * (was_kept - self.kept_share)
 
 
 def _due_s(promise: _Promise) -> float:

@@ -224,3 +224,13 @@ def test_who_honours_a_time_is_known_again_whatever_it_says_of_itself(says_so: b
     machine.offer(b"same", is_retry=says_so)
     assert machine.gate.decisions()[0].was_promised
     assert msgspec.json.encode(machine.gate.decisions())
+
+
+def test_who_gives_up_after_coming_in_vain_is_no_reason_to_overbook() -> None:
+    promises = Promises()
+    for number in range(20):
+        now_s = 100.0 * number
+        wait_s = promises.make(b"client", 1.0, 1, 0.0, now_s)
+        promises.make(b"client", 1.0, 1, 0.5, now_s + wait_s)
+    assert promises.num_due(1e5, 0.0) == 0
+    assert promises.kept_share == 1.0
