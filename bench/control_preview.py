@@ -8,7 +8,6 @@ again, since then nobody could have kept the promise.
 
 import asyncio
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -124,7 +123,7 @@ class _Bench:
         await self._load(1, _LONG_PROMPT_WORDS, {"echo": True, "logprobs": 1, "temperature": 1})
         for _ in range(3):
             await self._load(max(CONCURRENCIES))
-        resident_mib = self._server.anonymous_bytes() / _MIB
+        resident_mib = self._server.anonymous_bytes / _MIB
         overview = await get_json(self._session, f"{self._server.url}/v1/optimizations")
         allocated = overview["today"]["memory"]
         await self._wait_for_quality()
@@ -226,8 +225,8 @@ async def measure_previews(settings: Sequence[Setting]) -> list[Case]:
     cases: list[Case] = []
     for setting in settings:
         with _own_cache() as cache:
-            environment = {**os.environ, "FULCRUM_CACHE": str(cache)}
-            with LocalServer(setting.options(), environment) as server:
+            environment = {"FULCRUM_CACHE": str(cache)}
+            with LocalServer(setting.options(), environment=environment) as server:
                 async with aiohttp.ClientSession() as session:
                     cases += await _Bench(session, server, setting, cache).cases()
         print(preview_table(cases[-len(CONCURRENCIES) :]), file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ import uvloop
 
 from bench.client import Outcome, Target, complete
 from bench.fuzz import FuzzResult, generated_requests, random_bytes
-from bench.launch import Server
+from bench.local_server import LocalServer
 
 MODEL = "smollm2-135m"
 _HANG_S = 3.0
@@ -37,15 +37,15 @@ def body(max_tokens: int = 8) -> dict[str, Any]:
     return {"model": MODEL, "prompt": "Once upon a time", "max_tokens": max_tokens}
 
 
-def post(server: Server, max_tokens: int = 8) -> httpx.Response:
+def post(server: LocalServer, max_tokens: int = 8) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=body(max_tokens), timeout=_CLIENT_S)
 
 
-def health(server: Server, check: str = "") -> int:
+def health(server: LocalServer, check: str = "") -> int:
     return httpx.get(f"{server.url}/health{check}", timeout=5).status_code
 
 
-def wait_health(server: Server, status: int, timeout_s: float = 10.0) -> bool:
+def wait_health(server: LocalServer, status: int, timeout_s: float = 10.0) -> bool:
     deadline_s = time.monotonic() + timeout_s
     while health(server) != status:
         if time.monotonic() > deadline_s:
@@ -54,7 +54,7 @@ def wait_health(server: Server, status: int, timeout_s: float = 10.0) -> bool:
     return True
 
 
-async def streams(server: Server, count: int, max_tokens: int) -> list[Outcome]:
+async def streams(server: LocalServer, count: int, max_tokens: int) -> list[Outcome]:
     """Streams at once, each read to its end."""
     target = Target(url=server.url + "/v1", model=MODEL, max_tokens=max_tokens, ignore_eos=True)
     async with aiohttp.ClientSession(
@@ -66,13 +66,13 @@ async def streams(server: Server, count: int, max_tokens: int) -> list[Outcome]:
 
 
 @contextmanager
-def faulty(*options: str) -> Iterator[tuple[Server, Path]]:
+def faulty(*options: str) -> Iterator[tuple[LocalServer, Path]]:
     """A server whose steps heed a file."""
     with tempfile.TemporaryDirectory() as folder:
         fault = Path(folder) / "fault"
         fault.write_text("")
         environment = {"FULCRUM_BENCH_FAULT": str(fault)}
-        with Server(
+        with LocalServer(
             [*_SMALL, *options], module="bench.faulty_server", environment=environment
         ) as s:
             yield s, fault
@@ -81,7 +81,7 @@ def faulty(*options: str) -> Iterator[tuple[Server, Path]]:
 def stuck_step() -> Check:
     """A step that hangs: readiness fails, liveness stays, new requests 503, then all goes on."""
 
-    async def scene(server: Server, fault: Path) -> tuple[bool, list[Outcome]]:
+    async def scene(server: LocalServer, fault: Path) -> tuple[bool, list[Outcome]]:
         await asyncio.to_thread(fault.write_text, "hang")
         waiting = asyncio.create_task(streams(server, 4, 16))
         drained = await asyncio.to_thread(wait_health, server, 503)
@@ -124,7 +124,7 @@ def dead_engine() -> Check:
 
 def full_disk() -> Check:
     """Standard error on a full disk: requests are answered all the same."""
-    with open("/dev/full", "wb") as full, Server(_SMALL, stderr=full) as server:
+    with open("/dev/full", "wb") as full, LocalServer(_SMALL, stderr=full) as server:
         statuses = {post(server).status_code for _ in range(20)}
         return f"{statuses}", statuses == {200} and server.books_balance()
 
@@ -132,7 +132,7 @@ def full_disk() -> Check:
 def disconnects() -> Check:
     """1,000 clients go away, before or amid their answers: no block stays held."""
 
-    async def leave(server: Server) -> None:
+    async def leave(server: LocalServer) -> None:
         port = int(server.url.rpartition(":")[2])
         data = msgspec.json.encode(body(200) | {"stream": True})
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -147,7 +147,7 @@ def disconnects() -> Check:
         for start in range(0, 1000, 100):
             await asyncio.gather(*(one(number) for number in range(start, start + 100)))
 
-    with Server([*_SMALL, "--max-ttft-s", "1000"]) as server:
+    with LocalServer([*_SMALL, "--max-ttft-s", "1000"]) as server:
         post(server)
         before = server.rss_bytes
         uvloop.run(leave(server))
@@ -161,13 +161,13 @@ def disconnects() -> Check:
 def sigterm() -> Check:
     """SIGTERM under load: every stream ends properly within the grace time, exit code 0."""
 
-    async def scene(server: Server) -> list[Outcome]:
+    async def scene(server: LocalServer) -> list[Outcome]:
         task = asyncio.create_task(streams(server, 16, 64))
         await asyncio.sleep(1.0)
         server.process.send_signal(signal.SIGTERM)
         return await task
 
-    with Server(_SMALL) as server:
+    with LocalServer(_SMALL) as server:
         outcomes = uvloop.run(scene(server))
         code = server.process.wait(40)
         whole = sum(outcome.error is None for outcome in outcomes)
@@ -177,18 +177,18 @@ def sigterm() -> Check:
 def sigkill() -> Check:
     """SIGKILL under load: no client hangs, and a new server can have the port at once."""
 
-    async def scene(server: Server) -> tuple[list[Outcome], float]:
+    async def scene(server: LocalServer) -> tuple[list[Outcome], float]:
         task = asyncio.create_task(streams(server, 16, 1000))
         await asyncio.sleep(1.0)
         killed_s = time.monotonic()
         server.process.kill()
         return await task, time.monotonic() - killed_s
 
-    with Server(_SMALL) as server:
+    with LocalServer(_SMALL) as server:
         port = server.url.rpartition(":")[2]
         outcomes, took_s = uvloop.run(scene(server))
         server.process.wait(10)
-        with Server([*_SMALL, "--port", port]) as again:
+        with LocalServer([*_SMALL, "--port", port]) as again:
             after = post(again).status_code
         errors = sum(outcome.error is not None for outcome in outcomes)
         seen = f"{errors} of 16 clients told within {took_s:.1f} s, then {after} on the same port"
@@ -209,7 +209,7 @@ def slowloris() -> Check:
         writer.close()
         return time.monotonic() - began_s
 
-    async def scene(server: Server) -> tuple[list[float], float]:
+    async def scene(server: LocalServer) -> tuple[list[float], float]:
         port = int(server.url.rpartition(":")[2])
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: "
         with_body = head + b"y\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
@@ -222,7 +222,7 @@ def slowloris() -> Check:
         assert response.status_code == 200, response.text
         return await task, answer_s
 
-    with Server([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
+    with LocalServer([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
         times_s, answer_s = uvloop.run(scene(server))
         seen = f"all cut within {max(times_s):.1f} s, another client answered in {answer_s:.2f} s"
         return seen, max(times_s) < 15 and answer_s < 5 and server.books_balance()
@@ -230,7 +230,7 @@ def slowloris() -> Check:
 
 def fuzz(duration_s: float) -> Check:
     """Random bytes and schemathesis: no 5xx, no hang, memory flat."""
-    with Server([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
+    with LocalServer([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
         port = int(server.url.rpartition(":")[2])
         # First a little of both: what the process needs for them once is no growth.
         generated_requests(server.url, min(15.0, duration_s / 4))
@@ -251,7 +251,7 @@ def fuzz(duration_s: float) -> Check:
 
 def telemetry_cost() -> Check:
     """Reading the sensors takes less than 0.5 % of a core."""
-    with Server(_SMALL) as server:
+    with LocalServer(_SMALL) as server:
         begin = httpx.get(f"{server.url}/v1/telemetry").json()
         began_s = time.monotonic()
         time.sleep(10)

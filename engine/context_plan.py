@@ -11,6 +11,9 @@ from engine.config import ConfigError, EngineConfig, KvDtype
 # Longer contexts are for the user to ask for: their KV cache is what the memory goes to.
 _DEFAULT_MAX_MODEL_LEN = 8192
 _MAX_DEFAULT_KV_BYTES = 1 << 30
+# What text of ended requests may keep unless told otherwise; more where the weights are larger, so
+# that a model's users can share prompts of a length that fits the model.
+_MIN_PREFIX_CACHE_BYTES = 256 << 20
 _DEFAULT_KV_SHARE = 4  # at most 1/4 of the available memory
 
 
@@ -23,6 +26,7 @@ class ContextPlan(msgspec.Struct, frozen=True):
     max_model_len_reason: str
     num_kv_blocks: int
     num_blocks_reason: str
+    num_kept_blocks: int  # that text which nobody holds may keep
 
 
 def plan_context(
@@ -31,6 +35,7 @@ def plan_context(
     block_size: int,
     block_bytes_of: Callable[[KvDtype], int],
     available_bytes: int,
+    weights_bytes: int,
 ) -> ContextPlan:
     """Choose the context length, the KV dtype and the number of KV blocks.
 
@@ -54,7 +59,26 @@ def plan_context(
             )
         max_model_len = num_blocks * block_size
         len_reason = "what the KV cache holds"
-    return ContextPlan(kv_dtype, dtype_reason, max_model_len, len_reason, num_blocks, blocks_reason)
+    return ContextPlan(
+        kv_dtype=kv_dtype,
+        kv_dtype_reason=dtype_reason,
+        max_model_len=max_model_len,
+        max_model_len_reason=len_reason,
+        num_kv_blocks=num_blocks,
+        num_blocks_reason=blocks_reason,
+        num_kept_blocks=_kept_blocks(config, num_blocks, block_bytes, weights_bytes),
+    )
+
+
+def _kept_blocks(
+    config: EngineConfig, num_blocks: int, block_bytes: int, weights_bytes: int
+) -> int:
+    kept_bytes = config.prefix_cache_bytes
+    if kept_bytes is None:
+        if config.kv_memory_bytes is not None:
+            return num_blocks
+        kept_bytes = max(_MIN_PREFIX_CACHE_BYTES, weights_bytes)
+    return min(num_blocks, kept_bytes // block_bytes)
 
 
 def _kv_dtype(

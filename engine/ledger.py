@@ -89,6 +89,7 @@ def plan_deployment(
         fulcrum_core.BLOCK_SIZE,
         lambda dtype: fulcrum_core.kv_block_bytes(shape, dtype),
         left,
+        weights_bytes,
     )
     ledger = Ledger(
         weights_bytes=weights_bytes,

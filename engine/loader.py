@@ -52,6 +52,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_kv_blocks: int
     num_blocks_reason: str
+    num_kept_blocks: int
     kv_dtype: KvDtype
     kv_dtype_reason: str
     formats: str
@@ -129,6 +130,7 @@ def load_model(
         weights_bytes=core.weights_bytes,
         num_kv_blocks=context.num_kv_blocks,
         num_blocks_reason=context.num_blocks_reason,
+        num_kept_blocks=context.num_kept_blocks,
         kv_dtype=context.kv_dtype,
         kv_dtype_reason=context.kv_dtype_reason,
         formats=plan.weights.formats,

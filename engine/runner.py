@@ -31,6 +31,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     max_sequences: int = 64
     max_step_tokens: int = 512
+    num_kept_blocks: int | None = None  # for text that nobody holds; None: all
 
 
 class StepCounts(msgspec.Struct, frozen=True):
@@ -98,7 +99,9 @@ class Runner:
             eos_token_ids=frozenset(settings.eos_token_ids),
             hidden=hidden,
         )
-        self._blocks = BlockManager(settings.num_kv_blocks, core.block_size)
+        self._blocks = BlockManager(
+            settings.num_kv_blocks, core.block_size, settings.num_kept_blocks
+        )
         self.scheduler = Scheduler(
             self._blocks,
             max_sequences=settings.max_sequences,

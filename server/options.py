@@ -109,6 +109,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory", type=parse_size, help="memory of the KV cache, e.g. 512MB or 2GiB"
     )
     group.add_argument(
+        "--prefix-cache",
+        type=parse_size,
+        help="of the KV memory, what text of ended requests may keep (default: all of a given "
+        "--kv-memory, else 256 MiB or as much as the weights)",
+    )
+    group.add_argument(
         "--max-model-len", type=_count(1), help="tokens of prompt and output together"
     )
     group.add_argument(
@@ -220,6 +226,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             quantization=args.quantization,
             kv_dtype=args.kv_dtype,
             kv_memory_bytes=args.kv_memory,
+            prefix_cache_bytes=args.prefix_cache,
             max_model_len=args.max_model_len,
             max_sequences=args.max_sequences,
             max_step_tokens=args.max_step_tokens,

@@ -32,6 +32,7 @@ def test_every_option_is_read_from_both_places(tmp_path: Path) -> None:
         "quantization": "int8",
         "kv-dtype": "int8",
         "kv-memory": "2GiB",
+        "prefix-cache": "1GiB",
         "max-model-len": "100",
         "max-sequences": "3",
         "max-step-tokens": "70",
