@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from msgspec.structs import replace
 
 from engine.batch import Core
-from engine.runner import EngineSettings, Runner, StepFailedError
+from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation.setup import Speculation
@@ -102,12 +102,12 @@ class Former:
         else:
             target.adopt(scheduler.take(first))
 
-    def step(self) -> tuple[list[TokenEvent], int]:
-        """Advance the sequences that have not moved; events, and the number of tokens."""
+    def step(self) -> tuple[list[TokenEvent], StepCounts]:
+        """Advance the sequences that have not moved; events, and what was computed."""
         try:
             return self.runner.step()
         except StepFailedError as failure:
-            return self.runner.scheduler.fail(failure.plan, str(failure)), 0
+            return self.runner.scheduler.fail(failure.plan, str(failure)), NOTHING
 
 
 def _warm_up(seq: Sequence) -> Sequence:

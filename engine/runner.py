@@ -34,6 +34,26 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     num_kept_blocks: int | None = None  # for text that nobody holds; None: all
 
 
+class StepCounts(msgspec.Struct, frozen=True):
+    """What a step computed; see `StepReport`."""
+
+    num_tokens: int = 0
+    num_drafted: int = 0
+    num_decoding: int = 0
+    num_emitted: int = 0
+
+    def __add__(self, other: "StepCounts") -> "StepCounts":
+        return StepCounts(
+            self.num_tokens + other.num_tokens,
+            self.num_drafted + other.num_drafted,
+            self.num_decoding + other.num_decoding,
+            self.num_emitted + other.num_emitted,
+        )
+
+
+NOTHING = StepCounts()
+
+
 class StepFailedError(RuntimeError):
     """A step that could not be computed; the sequences of its plan have not advanced."""
 
@@ -101,14 +121,25 @@ class Runner:
             self.end_calibration()
         self.speculator = self._speculator(policy)
 
-    def step(self) -> tuple[list[TokenEvent], int]:
-        """Compute one step: its events and its number of tokens, 0 where there was nothing to do.
+    @property
+    def step_costs(self) -> tuple[tuple[int, float], ...]:
+        """(tokens, seconds) of steps, as timed when the core was set up and learned since."""
+        return tuple(self.speculator.policy.costs.step.points())
+
+    def step(self) -> tuple[list[TokenEvent], StepCounts]:
+        """Compute one step: its events and its counts, all 0 where there was nothing to do.
 
         Raises StepFailedError where the core could not.
         """
         plan = self.scheduler.schedule()
         if not plan.entries:
-            return [], 0
+            return [], NOTHING
+        decoding = [
+            seq
+            for seq, _ in plan.entries
+            if seq.num_output_tokens and len(seq.token_ids) - seq.num_computed_tokens == 1
+        ]
+        num_before = sum(len(seq.token_ids) for seq in decoding)
         try:
             self.speculator.extend(plan)
             for seq in plan.admitted:
@@ -121,7 +152,10 @@ class Runner:
         events = self.scheduler.commit(plan, self._batch.sampled())
         # What Python does for a step counts too: drafts save whole steps.
         self.speculator.learn(plan, num_tokens, time.perf_counter() - began_s)
-        return events, num_tokens
+        num_emitted = sum(len(seq.token_ids) for seq in decoding) - num_before
+        return events, StepCounts(
+            num_tokens, self.speculator.num_drafted, len(decoding), num_emitted
+        )
 
     def change_speculation(self, speculation: Speculation) -> None:
         """Draft in another way from the next step on; core, cache and texts stay as they are.

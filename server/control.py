@@ -226,8 +226,6 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
             client.parked_since_s = None
         elif client.parked_since_s is None:
             client.parked_since_s = time.monotonic()
-        if model.fingerprint != loaded.fingerprint:
-            gate.costs.renew()
         model.max_model_len = max_model_len
         model.fingerprint = loaded.fingerprint
         model.drafters = loaded.speculation.drafters

@@ -66,7 +66,6 @@ class EngineClient:
         self._seq_ids = itertools.count(1)
         self._streams: dict[int, tuple[Generation, Stream]] = {}
         self._generations: set[Generation] = set()
-        self._num_open = 0  # sequences reserved, or not yet ended by the engine
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -130,7 +129,6 @@ class EngineClient:
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
-            self._num_open -= len(self._streams)
             self._streams.clear()
         elif self.heartbeat_age_s > self._stuck_s:
             # They keep their places, and the engine its blocks, until the step comes back.
@@ -149,20 +147,17 @@ class EngineClient:
     def open(self, arrival: Arrival, num_sequences: int) -> Generation:
         """Reserve places for a request; raises the 400, 429 or 503 that refuses it."""
         if self.draining:
-            raise self.gate.refuse("shutting_down", num_sequences)
+            raise self.gate.refuse("shutting_down", arrival, num_sequences)
         state = self.engine_state()
         if state == "engine dead":
-            raise self.gate.refuse("engine_dead", num_sequences)
+            raise self.gate.refuse("engine_dead", arrival, num_sequences)
         if state == "engine stale":
-            raise self.gate.refuse("engine_stale", num_sequences)
+            raise self.gate.refuse("engine_stale", arrival, num_sequences)
         if self.parked_s > self.gate.limits.max_ttft_s:
-            self._metrics.observe_decision("parked", num_sequences)
-            message = "A setting is being applied, which takes long. Try again later."
-            raise ApiError(503, message, code="applying", retry_after_s=10.0)
+            raise self.gate.refuse("applying", arrival, num_sequences)
         ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
         self._make_room(ask)
         self.gate.decide(arrival, ask, self._open_load(), is_final=False)
-        self._num_open += num_sequences
         generation = Generation(self, arrival, num_sequences)
         self._generations.add(generation)
         self._idle.clear()
@@ -180,7 +175,7 @@ class EngineClient:
         ask = Ask(
             rank_s=arrival.rank_s,
             num_sequences=len(prompts) * len(choices[0]),
-            num_prompt_tokens=max(map(len, prompts)),
+            prompt_lengths=tuple(map(len, prompts)),
             max_tokens=max(params.max_tokens for row in choices for params in row),
             ignore_eos=choices[0][0].ignore_eos,
             priority=arrival.priority,
@@ -204,10 +199,9 @@ class EngineClient:
 
     def note_expired(self, generation: Generation) -> None:
         num_open = sum(stream.finish_reason is None for stream in generation.streams)
-        self._metrics.observe_decision("deadline_expired", num_open + generation.num_reserved)
+        self.gate.note_expired(generation.arrival, num_open + generation.num_reserved)
 
-    def close(self, generation: Generation, num_unused: int) -> None:
-        self._num_open -= num_unused
+    def close(self, generation: Generation) -> None:
         self._generations.discard(generation)
         if not self._generations:
             self._idle.set()
@@ -215,7 +209,7 @@ class EngineClient:
     @property
     def num_open(self) -> int:
         """Sequences that hold a place; 0 when every one has been ended by the engine."""
-        return self._num_open
+        return len(self._streams) + sum(one.num_reserved for one in self._generations)
 
     # Who is in, and who has to go
 
@@ -256,14 +250,15 @@ class EngineClient:
             self._shed(num_missing, above_priority=ask.priority)
 
     def _shed(self, num_sequences: int, *, above_priority: int | None) -> None:
-        """End waiting requests, those of the last rank first, until so many sequences are gone."""
+        """End waiting requests, the lowest priority and then the youngest first, until so many
+        sequences are gone."""
         waiting = [
             generation
             for generation in self._generations
             if generation.is_waiting
             and (above_priority is None or generation.arrival.priority > above_priority)
         ]
-        waiting.sort(key=lambda generation: generation.arrival.rank_s)
+        waiting.sort(key=lambda one: (one.arrival.priority, one.arrival.arrived_at_s))
         costs, limits = self.gate.costs.costs, self.gate.limits
         while num_sequences > 0 and waiting:
             generation = waiting.pop()
@@ -278,6 +273,8 @@ class EngineClient:
         now_s = time.monotonic()
         self.load = report.load
         self._metrics.observe_step(report)
+        if report.step_costs is not None:
+            self.gate.costs.renew(report.step_costs)
         if report.num_step_tokens:
             self._learn_step(report)
         for event in report.events:
@@ -311,23 +308,12 @@ class EngineClient:
     def _learn_step(self, report: StepReport) -> None:
         costs = self.gate.costs
         costs.observe_step(report.num_step_tokens, report.step_s)
-        num_decoding = num_ended = num_emitted = 0
-        for event in report.events:
-            entry = self._streams.get(event.seq_id)
-            # First tokens come from steps that compute prompts.
-            if entry is not None and event.token_ids and entry[1].last_token_s is not None:
-                num_decoding += 1
-                num_ended += event.finish_reason is not None
-                num_emitted += len(event.token_ids)
-        if num_decoding:
-            is_all = num_decoding - num_ended == report.load.num_running
-            costs.observe_decode(
-                num_decoding, num_emitted, report.num_step_tokens if is_all else None
-            )
+        if report.num_decoding:
+            num_verified = report.num_decoding + report.num_drafted
+            costs.observe_decode(report.num_decoding, report.num_emitted, num_verified)
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]
-        self._num_open -= 1
         duration_s = now_s - stream.submitted_s
         reason = stream.finish_reason or event.finish_reason or "error"
         if reason in ("stop", "length") and stream.num_tokens:

@@ -127,6 +127,11 @@ class CostCurve:
         """Return the time of one size, without those of the others."""
         return float(self._curve[size]) * math.exp(self._level.log_factor)
 
+    @property
+    def common(self) -> float:
+        """The part of the times that is the machine's speed of the moment, the same for all."""
+        return math.exp(self._level.log_factor)
+
     def points(self) -> list[tuple[int, float]]:
         """Return (size, seconds) of the sizes that were measured."""
         seeded = {self._nearest(size) for size in self._seeds_s}

@@ -32,6 +32,8 @@ def test_a_stuck_step_drains_and_its_return_ends_that() -> None:
                 assert refused.status == 503
                 assert (await refused.json())["error"]["code"] == "engine_stale"
                 assert refused.headers["Retry-After"]
+            seen = served.app[CLIENT].gate.decisions()[0]
+            assert (seen.admitted, seen.reason, seen.retry_after_s) == (False, "engine_stale", 10)
             engine.heartbeat_at_s = None
             assert (await served.post(PATHS[0], BODY))[0] == 200
 
