@@ -205,7 +205,7 @@ def _hardware(headers: ModelHeaders) -> list[Technique]:
             needs=None if headers.num_threads <= cores else f"--threads {cores}",
         )
     ]
-    order = ("portable", "avx2", "avx512")
+    order = fulcrum_core.isas()
     for isa in order:
         has_it = order.index(isa) <= order.index(best)
         rows.append(
