@@ -2,8 +2,8 @@
 // the lanes of a register. Compiled with ISA flags, so everything but the entry point is local to
 // the file.
 //
-// vdpbf16ps adds two products of bf16 values to a float, at twice the rate of multiplications of
-// floats. Activations are rounded to bf16 here, some k at a time: that takes one instruction for 32
+// vdpbf16ps adds two products of bf16 values to each float, where a multiplication of floats adds
+// one. Activations are rounded to bf16 here, some k at a time: that takes one instruction for 32
 // of them, a sixteenth of those that multiply them by a tile, and no form of theirs in memory. It
 // costs no quality: perplexity of SmolLM2-135M is 20.089 with and without it.
 #include <cstring>
