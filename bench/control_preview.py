@@ -8,7 +8,6 @@ from one minute to the next. Where it did, there are more turns.
 
 import asyncio
 import itertools
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -80,7 +79,7 @@ class _Bench:
         )
         for _ in range(_FILLS):
             await self._load(self._fresh(max(CONCURRENCIES), _FILL_WORDS), max_tokens=8)
-        resident_mib = self._server.anonymous_bytes() / _MIB
+        resident_mib = self._server.anonymous_bytes / _MIB
         overview = await get_json(self._session, f"{self._server.url}/v1/optimizations")
         allocated = overview["today"]["memory"]
         await self._wait_for_quality()
@@ -209,8 +208,8 @@ async def measure_previews(settings: Sequence[Setting]) -> list[Case]:
     cases: list[Case] = []
     for setting in settings:
         with _own_cache() as cache:
-            environment = {**os.environ, "FULCRUM_CACHE": str(cache)}
-            with LocalServer(setting.options(), environment) as server:
+            environment = {"FULCRUM_CACHE": str(cache)}
+            with LocalServer(setting.options(), environment=environment) as server:
                 async with aiohttp.ClientSession() as session:
                     cases += await _Bench(session, server, setting, cache).cases()
         print(preview_table(cases[-len(CONCURRENCIES) :]), file=sys.stderr, flush=True)

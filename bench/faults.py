@@ -8,80 +8,25 @@ import argparse
 import asyncio
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import aiohttp
 import httpx
-import msgspec
 import uvloop
 
-from bench.client import Outcome, Target, complete
-from bench.fuzz import FuzzResult, generated_requests, random_bytes
-from bench.launch import Server
+from bench.client import Outcome
+from bench.client_faults import disconnects, fuzz, slowloris
+from bench.fault_scenes import SMALL, Check, faulty, health, post, streams, wait_health
+from bench.local_server import LocalServer
 
-MODEL = "smollm2-135m"
 _HANG_S = 3.0
-_CLIENT_S = 60.0  # a client that waits longer hangs
-_MAX_GROWTH_BYTES = 32 << 20
-_SMALL = ("--max-model-len", "2048", "--kv-memory", "100MB")
-
-Check = tuple[str, bool]  # what was seen, whether it is what should be
-
-
-def body(max_tokens: int = 8) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": "Once upon a time", "max_tokens": max_tokens}
-
-
-def post(server: Server, max_tokens: int = 8) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json=body(max_tokens), timeout=_CLIENT_S)
-
-
-def health(server: Server, check: str = "") -> int:
-    return httpx.get(f"{server.url}/health{check}", timeout=5).status_code
-
-
-def wait_health(server: Server, status: int, timeout_s: float = 10.0) -> bool:
-    deadline_s = time.monotonic() + timeout_s
-    while health(server) != status:
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-async def streams(server: Server, count: int, max_tokens: int) -> list[Outcome]:
-    """Streams at once, each read to its end."""
-    target = Target(url=server.url + "/v1", model=MODEL, max_tokens=max_tokens, ignore_eos=True)
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=_CLIENT_S)
-    ) as session:
-        return await asyncio.gather(
-            *(complete(session, target, f"{number} is a number") for number in range(count))
-        )
-
-
-@contextmanager
-def faulty(*options: str) -> Iterator[tuple[Server, Path]]:
-    """A server whose steps heed a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        fault = Path(folder) / "fault"
-        fault.write_text("")
-        environment = {"FULCRUM_BENCH_FAULT": str(fault)}
-        with Server(
-            [*_SMALL, *options], module="bench.faulty_server", environment=environment
-        ) as s:
-            yield s, fault
 
 
 def stuck_step() -> Check:
     """A step that hangs: readiness fails, liveness stays, new requests 503, then all goes on."""
 
-    async def scene(server: Server, fault: Path) -> tuple[bool, list[Outcome]]:
+    async def scene(server: LocalServer, fault: Path) -> tuple[bool, list[Outcome]]:
         await asyncio.to_thread(fault.write_text, "hang")
         waiting = asyncio.create_task(streams(server, 4, 16))
         drained = await asyncio.to_thread(wait_health, server, 503)
@@ -98,6 +43,43 @@ def stuck_step() -> Check:
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
         holds = drained and not errors and wait_health(server, 200) and server.books_balance()
         return f"drained {drained}, {len(outcomes) - len(errors)} of 4 answered after it", holds
+
+
+def lost_step() -> Check:
+    """A step that stays stuck: open requests are told, SIGTERM works, all comes back with it."""
+
+    async def scene(server: LocalServer, fault: Path) -> tuple[list[Outcome], float, int]:
+        begun = asyncio.create_task(streams(server, 4, 1000))
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(fault.write_text, "hang")
+        hung_s = time.monotonic()
+        whole = asyncio.create_task(asyncio.to_thread(post, server))
+        outcomes, status = await begun, (await whole).status_code
+        return outcomes, time.monotonic() - hung_s, status
+
+    async def end(server: LocalServer) -> list[Outcome]:
+        task = asyncio.create_task(streams(server, 1, 16))
+        await asyncio.sleep(0.5)
+        server.process.terminate()
+        return await task
+
+    options = ("--health-stale-s", "1", "--stuck-step-s", "3", "--grace-s", "1")
+    with faulty(*options) as (server, fault):
+        outcomes, told_s, status = uvloop.run(scene(server, fault))
+        num_told = sum(outcome.error is not None for outcome in outcomes)
+        fault.write_text("")
+        is_back = wait_health(server, 200) and server.books_balance() and post(server).is_success
+        fault.write_text("hang")
+        began_s = time.monotonic()
+        (last,) = uvloop.run(end(server))
+        code = server.process.wait(30)
+        ended_s = time.monotonic() - began_s
+        seen = (
+            f"{num_told} of 4 streams and a {status} within {told_s:.1f} s, back {is_back}, "
+            f"exit code {code} after {ended_s:.1f} s"
+        )
+        is_told = num_told == 4 and status == 503 and told_s < 8 and last.error is not None
+        return seen, is_told and is_back and code == 0 and ended_s < 15
 
 
 def failed_step() -> Check:
@@ -124,50 +106,21 @@ def dead_engine() -> Check:
 
 def full_disk() -> Check:
     """Standard error on a full disk: requests are answered all the same."""
-    with open("/dev/full", "wb") as full, Server(_SMALL, stderr=full) as server:
+    with open("/dev/full", "wb") as full, LocalServer(SMALL, stderr=full) as server:
         statuses = {post(server).status_code for _ in range(20)}
         return f"{statuses}", statuses == {200} and server.books_balance()
-
-
-def disconnects() -> Check:
-    """1,000 clients go away, before or amid their answers: no block stays held."""
-
-    async def leave(server: Server) -> None:
-        port = int(server.url.rpartition(":")[2])
-        data = msgspec.json.encode(body(200) | {"stream": True})
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        request = head + b"Content-Length: %d\r\n\r\n" % len(data) + data
-
-        async def one(number: int) -> None:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(request)
-            await asyncio.sleep(number % 7 * 0.05)
-            writer.transport.abort()
-
-        for start in range(0, 1000, 100):
-            await asyncio.gather(*(one(number) for number in range(start, start + 100)))
-
-    with Server([*_SMALL, "--max-ttft-s", "1000"]) as server:
-        post(server)
-        before = server.rss_bytes
-        uvloop.run(leave(server))
-        balance = server.books_balance()
-        growth = server.rss_bytes - before
-        after = post(server).status_code
-        holds = balance and after == 200 and growth < 4 * _MAX_GROWTH_BYTES
-        return f"books balance {balance}, then {after}, memory {growth / 1e6:+.0f} MB", holds
 
 
 def sigterm() -> Check:
     """SIGTERM under load: every stream ends properly within the grace time, exit code 0."""
 
-    async def scene(server: Server) -> list[Outcome]:
+    async def scene(server: LocalServer) -> list[Outcome]:
         task = asyncio.create_task(streams(server, 16, 64))
         await asyncio.sleep(1.0)
         server.process.send_signal(signal.SIGTERM)
         return await task
 
-    with Server(_SMALL) as server:
+    with LocalServer(SMALL) as server:
         outcomes = uvloop.run(scene(server))
         code = server.process.wait(40)
         whole = sum(outcome.error is None for outcome in outcomes)
@@ -177,81 +130,27 @@ def sigterm() -> Check:
 def sigkill() -> Check:
     """SIGKILL under load: no client hangs, and a new server can have the port at once."""
 
-    async def scene(server: Server) -> tuple[list[Outcome], float]:
+    async def scene(server: LocalServer) -> tuple[list[Outcome], float]:
         task = asyncio.create_task(streams(server, 16, 1000))
         await asyncio.sleep(1.0)
         killed_s = time.monotonic()
         server.process.kill()
         return await task, time.monotonic() - killed_s
 
-    with Server(_SMALL) as server:
+    with LocalServer(SMALL) as server:
         port = server.url.rpartition(":")[2]
         outcomes, took_s = uvloop.run(scene(server))
         server.process.wait(10)
-        with Server([*_SMALL, "--port", port]) as again:
+        with LocalServer([*SMALL, "--port", port]) as again:
             after = post(again).status_code
         errors = sum(outcome.error is not None for outcome in outcomes)
         seen = f"{errors} of 16 clients told within {took_s:.1f} s, then {after} on the same port"
         return seen, errors == 16 and took_s < 5 and after == 200
 
 
-def slowloris() -> Check:
-    """200 clients that drip headers or bodies: all are cut, others are answered meanwhile."""
-
-    async def drip(port: int, start: bytes) -> float:
-        began_s = time.monotonic()
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        answer = asyncio.create_task(read_all(reader))
-        writer.write(start)
-        while not answer.done() and time.monotonic() - began_s < 60:
-            writer.write(b"a")
-            await asyncio.sleep(0.5)
-        writer.close()
-        return time.monotonic() - began_s
-
-    async def scene(server: Server) -> tuple[list[float], float]:
-        port = int(server.url.rpartition(":")[2])
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX: "
-        with_body = head + b"y\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
-        drips = [drip(port, start) for start in (head, with_body) for _ in range(100)]
-        task = asyncio.ensure_future(asyncio.gather(*drips))
-        await asyncio.sleep(1.0)
-        began_s = time.monotonic()
-        response = await asyncio.to_thread(post, server, 1)
-        answer_s = time.monotonic() - began_s
-        assert response.status_code == 200, response.text
-        return await task, answer_s
-
-    with Server([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
-        times_s, answer_s = uvloop.run(scene(server))
-        seen = f"all cut within {max(times_s):.1f} s, another client answered in {answer_s:.2f} s"
-        return seen, max(times_s) < 15 and answer_s < 5 and server.books_balance()
-
-
-def fuzz(duration_s: float) -> Check:
-    """Random bytes and schemathesis: no 5xx, no hang, memory flat."""
-    with Server([*_SMALL, "--header-timeout-s", "3", "--body-timeout-s", "3"]) as server:
-        port = int(server.url.rpartition(":")[2])
-        # First a little of both: what the process needs for them once is no growth.
-        generated_requests(server.url, min(15.0, duration_s / 4))
-        uvloop.run(random_bytes(port, MODEL, 3.0))
-        before = server.rss_bytes
-        results: list[FuzzResult] = [
-            generated_requests(server.url, duration_s),
-            uvloop.run(random_bytes(port, MODEL, duration_s)),
-        ]
-        growth = server.rss_bytes - before
-        failures = [failure for result in results for failure in result.failures]
-        for failure in failures[:5]:
-            print(f"      {failure}", file=sys.stderr)
-        holds = not failures and growth < _MAX_GROWTH_BYTES and server.books_balance()
-        counts = ", ".join(str(dict(sorted(result.statuses.items()))) for result in results)
-        return f"{counts}; {len(failures)} failures, memory {growth / 1e6:+.1f} MB", holds
-
-
 def telemetry_cost() -> Check:
     """Reading the sensors takes less than 0.5 % of a core."""
-    with Server(_SMALL) as server:
+    with LocalServer(SMALL) as server:
         begin = httpx.get(f"{server.url}/v1/telemetry").json()
         began_s = time.monotonic()
         time.sleep(10)
@@ -261,15 +160,9 @@ def telemetry_cost() -> Check:
         return f"{share:.2%} of a core at {per_s:.1f} samples/s", share < 0.005 and per_s > 1.5
 
 
-async def read_all(reader: asyncio.StreamReader) -> bytes:
-    try:
-        return await reader.read()
-    except ConnectionError:
-        return b""
-
-
 CHECKS: dict[str, Callable[[], Check]] = {
     "stuck step": stuck_step,
+    "lost step": lost_step,
     "failed step": failed_step,
     "dead engine": dead_engine,
     "full disk": full_disk,

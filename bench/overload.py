@@ -22,7 +22,7 @@ import msgspec
 import uvloop
 
 from bench.client import Outcome, Target, complete
-from bench.launch import Server
+from bench.local_server import LocalServer
 from bench.prompts import PromptSource
 
 _MIN_RETRY_SHARE = 0.90
@@ -72,7 +72,7 @@ async def open_loop(
     source: PromptSource,
     options: Any,
     rate_per_s: float,
-    server: Server,
+    server: LocalServer,
 ) -> Offered:
     """Random arrivals at that rate; each comes again once where it was refused."""
     offered = Offered()
@@ -114,7 +114,7 @@ async def open_loop(
     return offered
 
 
-async def measure(options: argparse.Namespace, server: Server) -> dict[str, Any]:
+async def measure(options: argparse.Namespace, server: LocalServer) -> dict[str, Any]:
     target = Target(
         url=server.url + "/v1",
         model=options.model,
@@ -252,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Little of both, so that all of the cache has been touched before memory is looked at.
         *("--max-model-len", "2048", "--kv-memory", "100MB", *options.server),
     ]
-    with Server(server_options) as server:
+    with LocalServer(server_options) as server:
         seen = uvloop.run(measure(options, server))
         seen["telemetry"] = httpx.get(f"{server.url}/v1/telemetry").json()
         seen["books_balance"] = server.books_balance()

@@ -2,7 +2,8 @@
 
 Only the scheduler calls it. A full block is known by a digest of its tokens and of everything
 before them, so that a sequence with the same beginning can share it; a block that nobody holds
-keeps its text until the space is needed, least recently used first.
+keeps its text until the space is needed, least recently used first. The system gives a block its
+memory when it is first written, so those never used cost nothing yet.
 """
 
 import hashlib
@@ -23,21 +24,31 @@ def block_digest(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockManager:
-    """Blocks 0 … num_blocks - 1, each free or held by one or more sequences."""
+    """Blocks 0 … num_blocks - 1, each free or held by one or more sequences.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    Once `num_kept_blocks` have been used, text that nobody holds makes room before a block that
+    was never used does.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_kept_blocks: int | None = None
+    ) -> None:
         self.num_blocks = num_blocks
+        self._num_kept_blocks = (
+            num_blocks if num_kept_blocks is None else min(num_blocks, num_kept_blocks)
+        )
+        self._num_used = 0  # ever: blocks from this number on have no memory yet
         self.block_size = block_size
         self._num_holders = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._block_of_digest: dict[bytes, int] = {}
-        # Free blocks: those without text, then those with one, least recently held first.
-        self._blank: list[int] = list(range(num_blocks - 1, -1, -1))
+        # Free blocks that were used: without text, and with one, least recently held first.
+        self._blank: list[int] = []
         self._cached: dict[int, None] = {}
 
     @property
     def num_free(self) -> int:
-        return len(self._blank) + len(self._cached)
+        return len(self._blank) + len(self._cached) + self.num_blocks - self._num_used
 
     @property
     def num_held(self) -> int:
@@ -72,12 +83,7 @@ class BlockManager:
         assert count <= self.num_free, "allocation beyond the free blocks"
         taken: list[int] = []
         for _ in range(count):
-            if self._blank:
-                block_id = self._blank.pop()
-            else:
-                block_id = next(iter(self._cached))
-                del self._cached[block_id]
-                self._forget(block_id)
+            block_id = self._take()
             self._num_holders[block_id] = 1
             taken.append(block_id)
         return taken
@@ -112,7 +118,7 @@ class BlockManager:
             assert count == holders[block_id], (
                 f"block {block_id} counts {count} holders, {holders[block_id]} sequences list it"
             )
-        free = self._blank + list(self._cached)
+        free = [*self._blank, *self._cached, *range(self._num_used, self.num_blocks)]
         assert len(set(free)) == len(free), "a block is free twice"
         assert not holders.keys() & set(free), "a held block is among the free ones"
         assert len(free) + len(holders) == self.num_blocks, (
@@ -124,6 +130,18 @@ class BlockManager:
             digest: block_id for block_id, digest in enumerate(self._digests) if digest is not None
         }
         assert known == self._block_of_digest, "digests and blocks disagree"
+
+    def _take(self) -> int:
+        if self._blank:
+            return self._blank.pop()
+        num_used = self._num_used
+        if num_used < (self._num_kept_blocks if self._cached else self.num_blocks):
+            self._num_used += 1
+            return num_used
+        block_id = next(iter(self._cached))
+        del self._cached[block_id]
+        self._forget(block_id)
+        return block_id
 
     def _forget(self, block_id: int) -> None:
         digest = self._digests[block_id]

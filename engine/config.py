@@ -36,6 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization = "auto"
     kv_dtype: Literal["auto"] | KvDtype = "auto"
     kv_memory_bytes: int | None = None
+    prefix_cache_bytes: int | None = None  # of the KV memory, that text nobody holds may keep
     max_model_len: int | None = None  # tokens of prompt and output together
     max_sequences: int = 64  # B at most
     max_step_tokens: int = 512  # T at most
@@ -61,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             ("--max-step-tokens", self.max_step_tokens),
             ("--max-model-len", self.max_model_len),
             ("--kv-memory", self.kv_memory_bytes),
+            ("--prefix-cache", self.prefix_cache_bytes),
             ("--threads", self.num_threads),
         ):
             if value is not None and value < 1:

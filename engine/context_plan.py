@@ -11,6 +11,9 @@ from engine.config import ConfigError, EngineConfig, KvDtype
 # Longer contexts are for the user to ask for: their KV cache is what the memory goes to.
 _DEFAULT_MAX_MODEL_LEN = 8192
 _MAX_DEFAULT_KV_BYTES = 1 << 30
+# What text of ended requests may keep unless told otherwise; more where the weights are larger, so
+# that a model's users can share prompts of a length that fits the model.
+_MIN_PREFIX_CACHE_BYTES = 256 << 20
 _DEFAULT_KV_SHARE = 4  # at most 1/4 of the available memory
 
 
@@ -23,6 +26,7 @@ class ContextPlan(msgspec.Struct, frozen=True):
     max_model_len_reason: str
     num_kv_blocks: int
     num_blocks_reason: str
+    num_kept_blocks: int  # that text which nobody holds may keep
 
 
 def plan_context(
@@ -31,10 +35,13 @@ def plan_context(
     block_size: int,
     block_bytes_of: Callable[[KvDtype], int],
     available_bytes: int,
+    weights_bytes: int,
+    draft_block_bytes_of: Callable[[KvDtype], int] = lambda dtype: 0,
 ) -> ContextPlan:
     """Choose the context length, the KV dtype and the number of KV blocks.
 
-    `max_position` is the model's own limit in tokens, `available_bytes` what the weights leave.
+    `max_position` is the model's own limit in tokens, `available_bytes` what the weights leave;
+    with each block of the cache go those of the drafters, of `draft_block_bytes_of` together.
     What the user asked for is kept or refused with a ConfigError; defaults give way to what the
     memory holds.
     """
@@ -42,8 +49,9 @@ def plan_context(
     needed = -(-max_model_len // block_size)
     kv_dtype, dtype_reason = _kv_dtype(config, needed, block_bytes_of)
     block_bytes = block_bytes_of(kv_dtype)
+    draft_block_bytes = draft_block_bytes_of(kv_dtype)
     num_blocks, blocks_reason = _wanted_blocks(
-        config, max_model_len, block_size, block_bytes, available_bytes
+        config, needed, block_bytes, draft_block_bytes, available_bytes
     )
     if num_blocks < needed:
         if config.max_model_len is not None or num_blocks == 0:
@@ -54,7 +62,26 @@ def plan_context(
             )
         max_model_len = num_blocks * block_size
         len_reason = "what the KV cache holds"
-    return ContextPlan(kv_dtype, dtype_reason, max_model_len, len_reason, num_blocks, blocks_reason)
+    return ContextPlan(
+        kv_dtype=kv_dtype,
+        kv_dtype_reason=dtype_reason,
+        max_model_len=max_model_len,
+        max_model_len_reason=len_reason,
+        num_kv_blocks=num_blocks,
+        num_blocks_reason=blocks_reason,
+        num_kept_blocks=_kept_blocks(config, num_blocks, block_bytes, weights_bytes),
+    )
+
+
+def _kept_blocks(
+    config: EngineConfig, num_blocks: int, block_bytes: int, weights_bytes: int
+) -> int:
+    kept_bytes = config.prefix_cache_bytes
+    if kept_bytes is None:
+        if config.kv_memory_bytes is not None:
+            return num_blocks
+        kept_bytes = max(_MIN_PREFIX_CACHE_BYTES, weights_bytes)
+    return min(num_blocks, kept_bytes // block_bytes)
 
 
 def _kv_dtype(
@@ -82,18 +109,24 @@ def wanted_model_len(config: EngineConfig, own: int) -> tuple[int, str]:
 
 
 def _wanted_blocks(
-    config: EngineConfig, max_model_len: int, block_size: int, block_bytes: int, available: int
+    config: EngineConfig, full_length: int, block_bytes: int, draft_block_bytes: int, available: int
 ) -> tuple[int, str]:
+    """Blocks of the target's cache, of which a sequence of full length takes `full_length`."""
+    all_bytes = block_bytes + draft_block_bytes
     if config.kv_memory_bytes is not None:
-        if config.kv_memory_bytes > available:
+        num_blocks = config.kv_memory_bytes // block_bytes
+        draft_bytes = num_blocks * draft_block_bytes
+        if config.kv_memory_bytes + draft_bytes > available:
+            beside = f" and the drafters' {draft_bytes} beside it" if draft_bytes else ""
             raise ConfigError(
-                f"--kv-memory {config.kv_memory_bytes}: only {available} bytes are available"
+                f"--kv-memory {config.kv_memory_bytes}{beside}: only {available} bytes are "
+                "available"
             )
-        return config.kv_memory_bytes // block_bytes, "--kv-memory"
-    full = config.max_sequences * -(-max_model_len // block_size)
+        return num_blocks, "--kv-memory"
+    full = config.max_sequences * full_length
     share = available // _DEFAULT_KV_SHARE
     limit = min(share, _MAX_DEFAULT_KV_BYTES)
-    if full * block_bytes <= limit:
+    if full * all_bytes <= limit:
         return full, f"{config.max_sequences} sequences of full length"
     limit_reason = "1 GiB" if limit == _MAX_DEFAULT_KV_BYTES else "a quarter of available memory"
-    return limit // block_bytes, f"default limit, {limit_reason}; --kv-memory sets it"
+    return limit // all_bytes, f"default limit, {limit_reason}; --kv-memory sets it"

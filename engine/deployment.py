@@ -26,6 +26,7 @@ class Deployment(msgspec.Struct, frozen=True):
         return EngineSettings(
             max_model_len=self.loaded.max_model_len,
             num_kv_blocks=self.loaded.num_kv_blocks,
+            num_kept_blocks=self.loaded.num_kept_blocks,
             eos_token_ids=self.loaded.eos_token_ids,
             max_sequences=self.config.max_sequences,
             max_step_tokens=self.config.max_step_tokens,
@@ -35,8 +36,11 @@ class Deployment(msgspec.Struct, frozen=True):
         """What the core has allocated, and the runtime as the rest of the process's memory.
 
         Pages of the KV cache that no sequence has reached yet are allocated but not touched, so
-        the rest is known only roughly and taken as planned where it cannot be.
+        the rest is known only roughly and taken as planned where it cannot be. So is everything
+        between two cores that memory did not hold at once.
         """
+        if self.loaded.core is None:
+            return self.loaded.ledger
         ledger = measured_ledger(self.loaded.core, self.loaded.num_kv_blocks)
         return replace(
             ledger,
@@ -58,9 +62,17 @@ def deploy(
         config,
         kv_dtype=loaded.kv_dtype,
         kv_memory_bytes=loaded.ledger.kv_bytes,
+        prefix_cache_bytes=_prefix_cache_bytes(config, loaded),
         max_model_len=loaded.max_model_len,
     )
     return Deployment(decided, loaded)
+
+
+def _prefix_cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int | None:
+    """What holds for the next state too, whose KV memory is then a given one; None: all of it."""
+    if config.kv_memory_bytes is not None:
+        return config.prefix_cache_bytes
+    return loaded.num_kept_blocks * loaded.core.kv_bytes_per_block
 
 
 def redeploy(

@@ -6,7 +6,8 @@ core allocates by, so prediction and allocation cannot drift apart.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Row
 from pathlib import Path
 
 import fulcrum_core
@@ -51,6 +52,13 @@ class Ledger(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+class DrafterMemory(msgspec.Struct, frozen=True):
+    """What a drafter will allocate, by what is decided of the context."""
+
+    fixed_bytes: Callable[[int], int]  # by max_model_len: weights and the state of a step
+    kv_block_bytes: Callable[[KvDtype], int]  # beside each block of the target's KV cache
+
+
 class DeploymentPlan(msgspec.Struct, frozen=True):
     """All that is decided before the first weight is read."""
 
@@ -68,6 +76,7 @@ def plan_deployment(
     isa: str,
     num_threads: int,
     available_bytes: int | None = None,
+    drafters: Row[DrafterMemory] = (),
 ) -> DeploymentPlan:
     """Plan weights, context and memory; raises ConfigError where a setting cannot work.
 
@@ -79,21 +88,36 @@ def plan_deployment(
     shape = core_config(spec)
     available = available_memory_bytes() if available_bytes is None else available_bytes
     wanted_len, _ = wanted_model_len(config, spec.max_position)
-    activations = _activation_bytes(config, shape, isa, num_threads, wanted_len)
-    left = available - weights_bytes - activations
+
+    def activation_bytes(max_model_len: int) -> int:
+        max_tokens = config.max_step_tokens
+        return step_bytes(shape, isa, num_threads, max_tokens, max_model_len=max_model_len)
+
+    activations = activation_bytes(wanted_len)
+    draft_fixed_bytes = sum(drafter.fixed_bytes(wanted_len) for drafter in drafters)
+    left = available - weights_bytes - activations - draft_fixed_bytes
     if left <= 0:
-        raise ConfigError(_short_of_memory(config, weights, weights_bytes, activations, available))
+        used = (weights_bytes, activations, draft_fixed_bytes)
+        raise ConfigError(_short_of_memory(config, weights, *used, available))
     context = plan_context(
         config,
         spec.max_position,
         fulcrum_core.BLOCK_SIZE,
         lambda dtype: fulcrum_core.kv_block_bytes(shape, dtype),
         left,
+        weights_bytes,
+        lambda dtype: sum(drafter.kv_block_bytes(dtype) for drafter in drafters),
+    )
+    draft_bytes = sum(
+        drafter.fixed_bytes(context.max_model_len)
+        + context.num_kv_blocks * drafter.kv_block_bytes(context.kv_dtype)
+        for drafter in drafters
     )
     ledger = Ledger(
         weights_bytes=weights_bytes,
         kv_bytes=context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype),
-        activation_bytes=_activation_bytes(config, shape, isa, num_threads, context.max_model_len),
+        activation_bytes=activation_bytes(context.max_model_len),
+        draft_bytes=draft_bytes,
         runtime_bytes=PROCESS_BYTES + spec.vocab_size * VOCABULARY_ENTRY_BYTES,
     )
     return DeploymentPlan(weights, context, ledger)
@@ -143,22 +167,28 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / MIB:.1f} MiB"
 
 
-def _activation_bytes(
-    config: EngineConfig, shape: fulcrum_core.Config, isa: str, num_threads: int, max_model_len: int
+def step_bytes(
+    shape: fulcrum_core.Config, isa: str, num_threads: int, max_tokens: int, *, max_model_len: int
 ) -> int:
+    """Bytes of a model's state of a step."""
     max_blocks = -(-max_model_len // fulcrum_core.BLOCK_SIZE)
-    return fulcrum_core.activation_bytes(
-        shape, isa, num_threads, config.max_step_tokens, max_blocks
-    )
+    return fulcrum_core.activation_bytes(shape, isa, num_threads, max_tokens, max_blocks)
 
 
 def _short_of_memory(
-    config: EngineConfig, weights: WeightPlan, weights_bytes: int, activations: int, available: int
+    config: EngineConfig,
+    weights: WeightPlan,
+    weights_bytes: int,
+    activations: int,
+    draft_bytes: int,
+    available: int,
 ) -> str:
-    needed = weights_bytes + activations
+    needed = weights_bytes + activations + draft_bytes
+    drafting = f" and {mib(draft_bytes)} of drafters" if draft_bytes else ""
+    lower = ", a lower --max-step-tokens" if draft_bytes else " or a lower --max-step-tokens"
     return (
-        f"--model {config.model}: weights of {mib(weights_bytes)} ({weights.formats}) and "
-        f"{mib(activations)} of activations are {mib(needed - available)} more than the "
-        f"{mib(available)} available; take a smaller model or --quantization int4, or a lower "
-        "--max-step-tokens"
+        f"--model {config.model}: weights of {mib(weights_bytes)} ({weights.formats}), "
+        f"{mib(activations)} of activations{drafting} are {mib(needed - available)} more than the "
+        f"{mib(available)} available; take a smaller model, --quantization int4{lower}"
+        + (" or --speculation ngram" if draft_bytes else "")
     )

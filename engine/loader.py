@@ -8,7 +8,6 @@ from functools import partial
 
 import fulcrum_core
 import msgspec
-from msgspec.structs import replace
 
 from engine.checkpoint.progress import Progress
 from engine.checkpoint.sources import ResolvedModel, resolve
@@ -22,11 +21,12 @@ from engine.models.spec import ModelSpec
 from engine.models.weights import WeightPlan, load_weights
 from engine.speculation.draft_model import (
     DraftHeaders,
+    check_length,
+    draft_model_memory,
     load_draft_model,
-    planned_bytes,
     read_draft_headers,
 )
-from engine.speculation.load import load_speculation, planned_module_bytes
+from engine.speculation.load import load_speculation, module_memory
 from engine.speculation.setup import Speculation
 from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
@@ -52,6 +52,7 @@ class LoadedModel(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     num_kv_blocks: int
     num_blocks_reason: str
+    num_kept_blocks: int
     kv_dtype: KvDtype
     kv_dtype_reason: str
     formats: str
@@ -129,6 +130,7 @@ def load_model(
         weights_bytes=core.weights_bytes,
         num_kv_blocks=context.num_kv_blocks,
         num_blocks_reason=context.num_blocks_reason,
+        num_kept_blocks=context.num_kept_blocks,
         kv_dtype=context.kv_dtype,
         kv_dtype_reason=context.kv_dtype_reason,
         formats=plan.weights.formats,
@@ -161,6 +163,11 @@ def plan_headers(
 ) -> DeploymentPlan:
     """What `config` would make of these headers; see `plan_deployment`."""
     spec, tensors = headers.checkpoint.spec, headers.checkpoint.tensors
+    machine = (headers.isa, headers.num_threads)
+    draft = headers.draft if config.drafts_with_model else None
+    drafters = [module_memory(config, spec, tensors, *machine)]
+    if draft is not None:
+        drafters.append(draft_model_memory(config, draft, *machine))
     plan = plan_deployment(
         config,
         spec,
@@ -169,12 +176,11 @@ def plan_headers(
         isa=headers.isa,
         num_threads=headers.num_threads,
         available_bytes=available_bytes,
+        drafters=[drafter for drafter in drafters if drafter is not None],
     )
-    machine = (plan.context, headers.isa, headers.num_threads)
-    draft_bytes = planned_module_bytes(config, spec, tensors, *machine)
-    if headers.draft is not None and config.drafts_with_model:
-        draft_bytes += planned_bytes(config, headers.draft, *machine)
-    return replace(plan, ledger=replace(plan.ledger, draft_bytes=draft_bytes))
+    if draft is not None:
+        check_length(config, draft, plan.context.max_model_len)
+    return plan
 
 
 def _same(text: TextSide) -> TextSide:

@@ -21,7 +21,7 @@ from engine.migration import (
     SwitchError,
     joined_load,
 )
-from engine.runner import EngineSettings, Runner, StepFailedError
+from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.speculation.report import SpeculationReport, report
@@ -65,6 +65,7 @@ class Engine:
         self._closed_with: tuple[FinishReason, str | None] | None = None
         self._stop_at_s: float | None = None
         self._is_idle = True
+        self._has_new_core = True  # of which the next report tells
         self._num_failed_steps = 0
         self._num_arrivals = 0
         self._heartbeat_s = time.monotonic()
@@ -125,7 +126,7 @@ class Engine:
         if closed_with is None:
             self._wake.set()
         else:
-            self._report([_refusal(message, *closed_with)], EngineLoad())
+            self._hand_over(StepReport((_refusal(message, *closed_with),), EngineLoad()))
 
     def abort(self, seq_id: int) -> None:
         """End a sequence before the next step; unknown and finished ids are ignored."""
@@ -165,6 +166,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._runner.step_costs:
+                self._report([], self._load())  # admission wants to know before the first request
             while self._turn():
                 pass
         except Exception as error:
@@ -195,19 +198,17 @@ class Engine:
         stop_at_s = self._stop_at_s
         if stop_at_s is not None and (self._is_parked or self._heartbeat_s >= stop_at_s):
             events += self._end_all("abort")
-        num_tokens, step_s = 0, 0.0
+        counts = NOTHING
         if self._former is not None:
-            num_tokens += self._step_former(self._former, events)
+            counts += self._step_former(self._former, events)
         if self._scheduler.has_work and not self._is_parked:
-            num_tokens += self._step(events)
-        if num_tokens:
-            step_s = time.monotonic() - self._heartbeat_s
+            counts += self._step(events)
+        step_s = time.monotonic() - self._heartbeat_s if counts.num_tokens else 0.0
         has_failed = self._num_failed_steps >= MAX_FAILED_STEPS
         if has_failed:
             events += self._end_all("error", FAILED)
-        if events or num_tokens:
-            num_drafted = self._runner.speculator.num_drafted if num_tokens else 0
-            self._report(events, self._load(), step_s, num_tokens, num_drafted)
+        if events or counts.num_tokens or self._has_new_core:
+            self._report(events, self._load(), step_s, counts)
         if has_failed:
             self._close(FAILED)
         elif self._former is None:
@@ -255,22 +256,22 @@ class Engine:
         self._scheduler.add(Sequence(message, self._eos_token_ids, self._num_arrivals))
         return None
 
-    def _step(self, events: list[TokenEvent]) -> int:
-        """Plan, compute and commit one step; return its number of tokens, 0 where it failed."""
+    def _step(self, events: list[TokenEvent]) -> StepCounts:
+        """Plan, compute and commit one step; all counts are 0 where it failed."""
         try:
-            new_events, num_tokens = self._runner.step()
+            new_events, counts = self._runner.step()
         except StepFailedError as failure:
             log.exception("a step of %d sequences failed", len(failure.plan.entries))
             if self._former is not None:
                 self._revert(self._former, f"the new core's step failed: {failure.__cause__}")
-                return 0
+                return NOTHING
             events += self._scheduler.fail(failure.plan, str(failure))
             self._num_failed_steps += 1
-            return 0
-        assert num_tokens, "there is work, but nothing that a step could advance"
+            return NOTHING
+        assert counts.num_tokens, "there is work, but nothing that a step could advance"
         self._num_failed_steps = 0
         events += new_events
-        return num_tokens
+        return counts
 
     # Changes of the core; see migration.py
 
@@ -292,7 +293,8 @@ class Engine:
 
     def _begin_change(self, message: Switch | Park | Redraft) -> None:
         if self._change is not None or self._former is not None:
-            message.done.set_exception(SwitchError("another change of the core is under way"))
+            if _is_wanted(message):
+                message.done.set_exception(SwitchError("another change of the core is under way"))
             return
         if isinstance(message, Redraft):
             self._redraft(message)
@@ -302,6 +304,8 @@ class Engine:
         self._change_until_s = time.monotonic() + wait_s
 
     def _redraft(self, message: Redraft) -> None:
+        if not _is_wanted(message):
+            return
         if self._is_parked:
             message.done.set_exception(SwitchError("there is no core at the moment"))
             return
@@ -317,16 +321,20 @@ class Engine:
     def _try_change(self, message: Switch | Park) -> None:
         is_over = self._heartbeat_s >= self._change_until_s
         if isinstance(message, Park):
-            if is_over or not self._scheduler.has_work:
-                self._change = None
-                self._park(message)
+            has_come = is_over or not self._scheduler.has_work
+        else:
+            needed, length = self._scheduler.longest_end, message.settings.max_model_len
+            has_come = is_over or self._is_parked or needed <= length
+        if not has_come and not message.done.cancelled():
             return
-        needed, length = self._scheduler.longest_end, message.settings.max_model_len
-        if needed <= length:
-            self._change = None
+        self._change = None
+        if not _is_wanted(message):
+            return
+        if isinstance(message, Park):
+            self._park(message)
+        elif needed <= length:
             self._switch(message)
-        elif is_over or self._is_parked:
-            self._change = None
+        else:
             message.done.set_exception(
                 SwitchError(f"a sequence that may grow to {needed} tokens still runs")
             )
@@ -346,18 +354,19 @@ class Engine:
         former.move(self._scheduler)
         self._former = former
 
-    def _step_former(self, former: Former, events: list[TokenEvent]) -> int:
+    def _step_former(self, former: Former, events: list[TokenEvent]) -> StepCounts:
         """Move a sequence if it is time, and advance those that have not moved."""
         former.move(self._scheduler)
         if not former.runner.scheduler.has_work:
             # Once all have caught up the new core has shown that it can step.
             if not self._scheduler.is_catching_up:
                 self._former = None
+                self._has_new_core = True
                 former.switch.done.set_result(None)
-            return 0
-        new_events, num_tokens = former.step()
+            return NOTHING
+        new_events, counts = former.step()
         events += new_events
-        return num_tokens
+        return counts
 
     def _revert(self, former: Former, error: str) -> None:
         """Go back to the former core with all sequences."""
@@ -367,6 +376,7 @@ class Engine:
             former.runner.scheduler.adopt(seq)
         self._runner = former.runner
         self._former = None
+        self._has_new_core = True
         former.switch.done.set_exception(SwitchError(error))
 
     def _park(self, message: Park) -> None:
@@ -392,12 +402,14 @@ class Engine:
             changes = [m for m in self._inbox if isinstance(m, Switch | Park | Redraft)]
             self._inbox.clear()
         events = self._scheduler.abandon(error)
+        if self._change is not None:
+            changes.append(self._change)
+        changes = [change for change in changes if _is_wanted(change)]
         if self._former is not None:
             events += self._former.runner.scheduler.abandon(error)
             changes.append(self._former.switch)
-        for change in (*changes, self._change):
-            if change is not None:
-                change.done.set_exception(SwitchError(error))
+        for change in changes:
+            change.done.set_exception(SwitchError(error))
         events += [_refusal(message, "error", error) for message in unread]
         self._is_idle = True
         if events:
@@ -408,15 +420,34 @@ class Engine:
         events: list[TokenEvent],
         load: EngineLoad,
         step_s: float = 0.0,
-        num_step_tokens: int = 0,
-        num_drafted: int = 0,
+        counts: StepCounts = NOTHING,
     ) -> None:
-        told = tuple(event for event in events if event.seq_id != WARM_UP_ID)
+        step_costs = self._runner.step_costs if self._has_new_core else None
+        self._has_new_core = False
+        self._hand_over(
+            StepReport(
+                tuple(event for event in events if event.seq_id != WARM_UP_ID),
+                load,
+                step_s,
+                counts.num_tokens,
+                counts.num_drafted,
+                counts.num_decoding,
+                counts.num_emitted,
+                step_costs,
+            )
+        )
+
+    def _hand_over(self, report: StepReport) -> None:
         try:
-            self._on_report(StepReport(told, load, step_s, num_step_tokens, num_drafted))
+            self._on_report(report)
         except Exception:
             # A callback that fails, such as one whose event loop has closed, has no readers.
             log.exception("a report was not taken")
+
+
+def _is_wanted(change: Switch | Park | Redraft) -> bool:
+    """Whether its sender still waits for it; from here on it cannot be withdrawn."""
+    return change.done.set_running_or_notify_cancel()
 
 
 def _refusal(message: Submit, reason: FinishReason, error: str | None) -> TokenEvent:

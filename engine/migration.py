@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from msgspec.structs import replace
 
 from engine.batch import Core
-from engine.runner import EngineSettings, Runner, StepFailedError
+from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, SequenceStatus
 from engine.speculation.setup import Speculation
@@ -59,6 +59,20 @@ class SwitchError(RuntimeError):
     """A switch that was not made; the former core serves on."""
 
 
+def settle(done: Future[None], timeout_s: float) -> None:
+    """Wait until the engine thread has made a change; raises SwitchError where it does not.
+
+    One that it has not begun after `timeout_s`, because a step does not return, is withdrawn. Once
+    begun it ends with the engine's own steps.
+    """
+    try:
+        done.result(timeout_s)
+    except TimeoutError:
+        if done.cancel():
+            raise SwitchError(f"the engine was busy with a step for {timeout_s:g} s") from None
+        done.result()
+
+
 class Former:
     """What served before; the engine steps it beside what serves now, until all have moved."""
 
@@ -88,12 +102,12 @@ class Former:
         else:
             target.adopt(scheduler.take(first))
 
-    def step(self) -> tuple[list[TokenEvent], int]:
-        """Advance the sequences that have not moved; events, and the number of tokens."""
+    def step(self) -> tuple[list[TokenEvent], StepCounts]:
+        """Advance the sequences that have not moved; events, and what was computed."""
         try:
             return self.runner.step()
         except StepFailedError as failure:
-            return self.runner.scheduler.fail(failure.plan, str(failure)), 0
+            return self.runner.scheduler.fail(failure.plan, str(failure)), NOTHING
 
 
 def _warm_up(seq: Sequence) -> Sequence:

@@ -12,16 +12,13 @@ import msgspec
 from engine.batch import Batch, Core
 from engine.block_manager import BlockManager
 from engine.scheduler import Scheduler, StepPlan
+from engine.speculation.calibration import MOST_CALIBRATED_TOKENS, calibration
 from engine.speculation.policy import SpeculationPolicy
-from engine.speculation.setup import (
-    CALIBRATION_S,
-    MOST_CALIBRATED_TOKENS,
-    OFF,
-    Speculation,
-    calibration,
-)
+from engine.speculation.setup import OFF, Speculation
 from engine.speculation.speculator import Speculator
 from engine.types import TokenEvent
+
+CALIBRATION_S = 1.0  # at most, of steps and drafts that are timed
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +31,27 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
     max_sequences: int = 64
     max_step_tokens: int = 512
+    num_kept_blocks: int | None = None  # for text that nobody holds; None: all
+
+
+class StepCounts(msgspec.Struct, frozen=True):
+    """What a step computed; see `StepReport`."""
+
+    num_tokens: int = 0
+    num_drafted: int = 0
+    num_decoding: int = 0
+    num_emitted: int = 0
+
+    def __add__(self, other: "StepCounts") -> "StepCounts":
+        return StepCounts(
+            self.num_tokens + other.num_tokens,
+            self.num_drafted + other.num_drafted,
+            self.num_decoding + other.num_decoding,
+            self.num_emitted + other.num_emitted,
+        )
+
+
+NOTHING = StepCounts()
 
 
 class StepFailedError(RuntimeError):
@@ -87,7 +105,9 @@ class Runner:
             eos_token_ids=frozenset(settings.eos_token_ids),
             hidden=hidden,
         )
-        self._blocks = BlockManager(settings.num_kv_blocks, core.block_size)
+        self._blocks = BlockManager(
+            settings.num_kv_blocks, core.block_size, settings.num_kept_blocks
+        )
         self.scheduler = Scheduler(
             self._blocks,
             max_sequences=settings.max_sequences,
@@ -101,14 +121,25 @@ class Runner:
             self.end_calibration()
         self.speculator = self._speculator(policy)
 
-    def step(self) -> tuple[list[TokenEvent], int]:
-        """Compute one step: its events and its number of tokens, 0 where there was nothing to do.
+    @property
+    def step_costs(self) -> tuple[tuple[int, float], ...]:
+        """(tokens, seconds) of steps, as timed when the core was set up and learned since."""
+        return tuple(self.speculator.policy.costs.step.points())
+
+    def step(self) -> tuple[list[TokenEvent], StepCounts]:
+        """Compute one step: its events and its counts, all 0 where there was nothing to do.
 
         Raises StepFailedError where the core could not.
         """
         plan = self.scheduler.schedule()
         if not plan.entries:
-            return [], 0
+            return [], NOTHING
+        decoding = [
+            seq
+            for seq, _ in plan.entries
+            if seq.num_output_tokens and len(seq.token_ids) - seq.num_computed_tokens == 1
+        ]
+        num_before = sum(len(seq.token_ids) for seq in decoding)
         try:
             self.speculator.extend(plan)
             for seq in plan.admitted:
@@ -121,7 +152,10 @@ class Runner:
         events = self.scheduler.commit(plan, self._batch.sampled())
         # What Python does for a step counts too: drafts save whole steps.
         self.speculator.learn(plan, num_tokens, time.perf_counter() - began_s)
-        return events, num_tokens
+        num_emitted = sum(len(seq.token_ids) for seq in decoding) - num_before
+        return events, StepCounts(
+            num_tokens, self.speculator.num_drafted, len(decoding), num_emitted
+        )
 
     def change_speculation(self, speculation: Speculation) -> None:
         """Draft in another way from the next step on; core, cache and texts stay as they are.

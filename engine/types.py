@@ -128,3 +128,13 @@ class StepReport(msgspec.Struct, frozen=True):
     step_s: float = 0.0  # wall time of the step, 0 where nothing was computed
     num_step_tokens: int = 0  # T of the step
     num_drafted: int = 0  # of these, drafted ones that it verified
+    num_decoding: int = 0  # of these, next tokens of sequences that lacked nothing else
+    num_emitted: int = 0  # tokens that those sequences got
+    # (tokens, seconds) of steps on the core that serves from now on, as far as they were timed;
+    # None: the core is the same as before.
+    step_costs: tuple[tuple[int, float], ...] | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of prompts, and of preempted sequences that are computed again."""
+        return self.num_step_tokens - self.num_drafted - self.num_decoding

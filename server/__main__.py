@@ -17,7 +17,7 @@ from engine.tokenizer.errors import ChatTemplateError, TokenizerError
 from engine.types import StepReport
 from server.app import create_app
 from server.control import Optimizer
-from server.logs import start_logging
+from server.logs import start_logging, stop_logging
 from server.options import Options, parse_options
 from server.run import bind, run
 from server.served import GenerationDefaults, ServedModel
@@ -27,6 +27,15 @@ from server.startup import start_table
 def main(argv: list[str]) -> int:
     options = parse_options(argv, os.environ)
     listener = start_logging(options.log_format)
+    code = 1
+    try:
+        code = _run(options)
+    finally:
+        stop_logging(listener, code)
+    return code
+
+
+def _run(options: Options) -> int:
     try:
         return _serve(options)
     except (ConfigError, TokenizerError, ChatTemplateError) as error:
@@ -34,8 +43,6 @@ def main(argv: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130  # interrupted while loading
-    finally:
-        listener.stop()
 
 
 def _serve(options: Options) -> int:

@@ -10,6 +10,7 @@ import msgspec
 
 from server.condition import Condition
 from server.cost_model import Costs
+from server.errors import MAX_RETRY_AFTER_S
 from server.forecast import Ask, Forecast, Limits, OpenSequence, forecast
 
 Reason = Literal[
@@ -19,10 +20,6 @@ Reason = Literal[
     "deadline_too_short",  # the answer is predicted after the request's own timeout
     "memory_derated",  # would fit the whole device, but not what is left of it
     "device_draining",
-    "engine_stale",
-    "engine_dead",
-    "shutting_down",
-    "shed",
 ]
 
 # While others were told to come again soon, those that were not leave them this share of the
@@ -37,7 +34,6 @@ _NEWCOMER_SHARE = 0.6
 # Who comes again finds the first token predicted for this share of its latest time: predictions
 # are not exact, and at the limit itself every other one would be refused again.
 _COMFORTABLE_SHARE = 0.75
-_MAX_RETRY_S = 600.0
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +72,7 @@ def admit(
     limits = limits.scaled(condition.factor)
     seen = forecast(ask, load.sequences, costs, limits)
     if ask.num_sequences > limits.capacity or (
-        limits.num_blocks and seen.num_blocks > ask.num_sequences * limits.num_blocks
+        limits.num_blocks and seen.most_blocks > limits.num_blocks
     ):
         return Reject(503, "memory_derated", None, seen)
     refusal = _refuse_place(ask, load, costs, limits, seen)
@@ -96,7 +92,7 @@ def _refuse_place(
         return None
     # A place is free when a sequence has ended: at full concurrency, one after each share of work.
     rate_s = costs.mean_output_tokens * costs.decode_s(limits.max_sequences) / limits.max_sequences
-    return Reject(429, "queue_full", min(_MAX_RETRY_S, num_missing * rate_s), seen)
+    return Reject(429, "queue_full", min(MAX_RETRY_AFTER_S, num_missing * rate_s), seen)
 
 
 def _refuse_ttft(
@@ -118,7 +114,7 @@ def _refuse_ttft(
     if ttft_s <= latest_s:
         return None
     late_s = ttft_s - latest_s * _COMFORTABLE_SHARE
-    return Reject(429, "ttft_too_late", min(_MAX_RETRY_S, late_s), seen)
+    return Reject(429, "ttft_too_late", min(MAX_RETRY_AFTER_S, late_s), seen)
 
 
 def _refuse_deadline(ask: Ask, seen: Forecast) -> Reject | None:
@@ -127,7 +123,7 @@ def _refuse_deadline(ask: Ask, seen: Forecast) -> Reject | None:
     late_s = seen.end_s - ask.timeout_s
     is_hopeless = seen.idle_end_s > ask.timeout_s
     return Reject(
-        429, "deadline_too_short", None if is_hopeless else min(_MAX_RETRY_S, late_s), seen
+        429, "deadline_too_short", None if is_hopeless else min(MAX_RETRY_AFTER_S, late_s), seen
     )
 
 

@@ -89,6 +89,7 @@ def create_app(
         gate,
         metrics,
         stale_s=settings.health_stale_s,
+        stuck_s=settings.stuck_step_s,
     )
     app.on_response_prepare.append(_set_request_id)
     app.cleanup_ctx.append(_telemetry)
@@ -200,6 +201,8 @@ def _http_error(request: web.Request, error: web.HTTPException) -> ApiError:
 def _error_response(error: ApiError) -> web.Response:
     response = web.Response(body=error.body(), status=error.status, content_type="application/json")
     response.headers.update(error.headers())
+    if error.status in (408, 413):
+        response.force_close()  # the rest of the body would come before another request
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

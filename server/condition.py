@@ -20,7 +20,7 @@ _LOW_MEMORY_SHARE = 0.02
 _LOW_MEMORY_BYTES = 256 << 20
 _MEMORY_RELEASE = 1.5
 _MEMORY_PRESSURE = 0.2  # share of the time in which everything waits for memory
-_QUOTA_THROTTLED = 0.5
+_QUOTA_THROTTLED = 0.5  # of the CPU time that the control group wants
 _RELEASE = 0.5  # of both shares above
 _HOT_MARGIN_C = 2.0
 _HOT_RELEASE_C = 7.0
@@ -114,7 +114,11 @@ def _derating(last: Condition, sample: DeviceSample | None) -> dict[str, float]:
     free, total = sample.memory_free_bytes, sample.memory_total_bytes
     if free is not None and total is not None:
         low = min(_LOW_MEMORY_BYTES, _LOW_MEMORY_SHARE * total)
-        if over("memory taken by others", -free, -low, -low * _MEMORY_RELEASE):
+        # A server that fills the device itself, as it was told to, has nobody to wait for: others
+        # count where there would be room without them. Unless known otherwise all is theirs.
+        others = sample.memory_others_bytes
+        is_theirs = others is None or free + others > low * _MEMORY_RELEASE
+        if is_theirs and over("memory taken by others", -free, -low, -low * _MEMORY_RELEASE):
             reasons["memory taken by others"] = 0.25 if free < low / 4 else 0.5
     full = sample.pressure.get("memory full")
     if over("memory pressure", full, _MEMORY_PRESSURE, _MEMORY_PRESSURE * _RELEASE):

@@ -90,10 +90,10 @@ class Connection(web.RequestHandler):
         self.force_close()
 
     def _check_reader(self, transport: asyncio.Transport, now_s: float, stalled_s: float) -> None:
-        # While a write waits or the connection closes, nothing is added: what is unsent can only
-        # shrink, unless the reader stands still.
+        # While a write waits, between requests, or as the connection closes nothing is added: what
+        # is unsent can only shrink, unless the reader stands still.
         num_bytes = transport.get_write_buffer_size()
-        must_shrink = self.writing_paused or transport.is_closing()
+        must_shrink = self.writing_paused or not self._request_in_progress or transport.is_closing()
         if not num_bytes or not must_shrink or num_bytes < self._unsent_bytes:
             self._stalled_since_s = None
         elif self._stalled_since_s is None:
@@ -102,6 +102,11 @@ class Connection(web.RequestHandler):
             logger.warning("closing a connection whose reader stalled for %.0f s", stalled_s)
             transport.abort()
         self._unsent_bytes = num_bytes
+
+    def log_exception(self, *args: Any, **options: Any) -> None:
+        """As aiohttp does; but a body that cannot be decoded, told by a 400, fills no log."""
+        if not isinstance(options.get("exc_info"), web.RequestPayloadError):
+            super().log_exception(*args, **options)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None

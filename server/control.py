@@ -6,6 +6,7 @@ them. `set_up` adds the routes to an app that has an optimizer.
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,10 +220,12 @@ async def _follow_changes(app: web.Application) -> AsyncIterator[None]:
     optimizer = app[OPTIMIZER]
 
     def adopt(deployment: Deployment, max_model_len: int) -> None:
-        model, gate = app[MODEL], app[CLIENT].gate
-        loaded = deployment.loaded
-        if model.fingerprint != loaded.fingerprint:
-            gate.costs.renew()
+        model, client = app[MODEL], app[CLIENT]
+        gate, loaded = client.gate, deployment.loaded
+        if loaded.core is not None:
+            client.parked_since_s = None
+        elif client.parked_since_s is None:
+            client.parked_since_s = time.monotonic()
         model.max_model_len = max_model_len
         model.fingerprint = loaded.fingerprint
         model.drafters = loaded.speculation.drafters

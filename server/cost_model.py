@@ -3,20 +3,25 @@
 The engine client feeds one `CostModel`; admission reads its frozen `Costs` and predicts with them.
 """
 
+import math
 from bisect import bisect_left
+from collections.abc import Iterable
 
 import msgspec
 
-# A mean follows the last few dozen steps of its size: clocks and neighbours change.
+from engine.speculation.cost_curve import CostCurve
+
+# A mean follows the last few dozen steps or requests: clocks, neighbours and users change.
 _STEP_WEIGHT = 0.05
 _REQUEST_WEIGHT = 0.05
+_SPEED_MEMORY_S = 2.0  # predictions look a few seconds ahead
+_SCALE_WEIGHT = 0.02  # what is wrong with predictions in general is no matter of the moment
 # A step that hung says nothing of the next one.
 _MAX_STEP_RATIO = 4.0
-_MIN_STEPS_TO_CLIP = 8
 # Predictions below this say nothing about how good predictions are.
 _MIN_PREDICTION_S = 0.02
-# More than any drafter drafts: the step computed a preempted sequence again.
-_MAX_VERIFIED = 32
+# Tokens of a step up to which its cost is learnt; beyond, it grows as before.
+_MAX_TOKENS = 4096
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -67,32 +72,42 @@ class _Mean:
 
 
 class CostModel:
-    """Means over the steps of each size class (powers of two), and over ended sequences."""
+    """The curve of a step's seconds by its tokens, and means over steps and ended sequences."""
 
     def __init__(self) -> None:
         prior = Costs()
-        self._begin_steps(())
+        self._begin_steps((), ())
         # The priors count as a few requests.
         self._output_tokens = _Mean(_REQUEST_WEIGHT, prior.mean_output_tokens, 2)
         self._prompt_tokens = _Mean(_REQUEST_WEIGHT, prior.mean_prompt_tokens, 2)
         self._uncached = _Mean(_REQUEST_WEIGHT, prior.uncached_share, 2)
         self._costs: Costs | None = prior
 
-    def renew(self) -> None:
-        """Forget what steps cost: another setting computes them from now on.
+    def renew(self, step_costs: Iterable[tuple[int, float]] = ()) -> None:
+        """Begin anew with what steps were timed to cost: another core computes them from now on.
 
-        The former costs hold until its first step: to know nothing would let everybody in.
+        Where none were timed the former costs hold until its first step: to know nothing would let
+        everybody in.
         """
-        self._begin_steps(self.costs.step_points)
+        self._begin_steps(step_costs, self.costs.step_points)
 
-    def _begin_steps(self, former_points: tuple[tuple[float, float], ...]) -> None:
+    def _begin_steps(
+        self,
+        step_costs: Iterable[tuple[int, float]],
+        former_points: tuple[tuple[float, float], ...],
+    ) -> None:
         prior = Costs()
         self._former_points = former_points
-        self._tokens: dict[int, _Mean] = {}
-        self._seconds: dict[int, _Mean] = {}
+        # Old times count less and less, and what slows all steps down moves all of the curve.
+        self._curve = CostCurve(_MAX_TOKENS)
+        for num_tokens, step_s in step_costs:
+            self._curve.seed(num_tokens, step_s)
+        # The curve says how sizes compare, and follows the usual step; what counts here is the
+        # mean of the last seconds, stalls included.
+        self._observed_s = self._by_shape_s = 0.0
         self._emitted = _Mean(_STEP_WEIGHT, prior.tokens_per_step)
         self._verified = _Mean(_STEP_WEIGHT, prior.verified_per_step)
-        self._ttft_scale = _Mean(_REQUEST_WEIGHT, prior.ttft_scale, 4)
+        self._ttft_scale = _Mean(_SCALE_WEIGHT, prior.ttft_scale, 4)
         self._costs = None
 
     @property
@@ -110,24 +125,24 @@ class CostModel:
         return self._costs
 
     def observe_step(self, num_tokens: int, step_s: float) -> None:
-        size = num_tokens.bit_length()
-        if size not in self._seconds:
-            self._tokens[size] = _Mean(_STEP_WEIGHT)
-            self._seconds[size] = _Mean(_STEP_WEIGHT)
-        seconds = self._seconds[size]
-        if seconds.count >= _MIN_STEPS_TO_CLIP:
-            step_s = min(step_s, _MAX_STEP_RATIO * seconds.value)
-        seconds.add(step_s)
-        self._tokens[size].add(num_tokens)
+        self._curve.observe(num_tokens, step_s)
+        curve = self._curve
+        shape_s = float(curve.times_s()[min(num_tokens, _MAX_TOKENS)]) / curve.common
+        step_s = min(step_s, _MAX_STEP_RATIO * self._slowness * shape_s)
+        kept_share = math.exp(-step_s / _SPEED_MEMORY_S)
+        self._observed_s = kept_share * self._observed_s + step_s
+        self._by_shape_s = kept_share * self._by_shape_s + shape_s
         self._costs = None
 
-    def observe_decode(
-        self, num_sequences: int, num_emitted: int, num_step_tokens: int | None
-    ) -> None:
-        """What a step gave to the sequences that decoded; None where it computed prompts, too."""
+    @property
+    def _slowness(self) -> float:
+        """Seconds of the last steps, against those of the curve's shape."""
+        return self._observed_s / self._by_shape_s if self._by_shape_s else self._curve.common
+
+    def observe_decode(self, num_sequences: int, num_emitted: int, num_verified: int) -> None:
+        """What a step gave to the sequences that decoded, and how many tokens it verified."""
         self._emitted.add(num_emitted / num_sequences)
-        if num_step_tokens is not None and num_step_tokens <= _MAX_VERIFIED * num_sequences:
-            self._verified.add(num_step_tokens / num_sequences)
+        self._verified.add(num_verified / num_sequences)
         self._costs = None
 
     def observe_first_token(
@@ -145,11 +160,7 @@ class CostModel:
         self._costs = None
 
     def _step_points(self) -> tuple[tuple[float, float], ...]:
-        if not self._seconds:
+        if not self._curve.is_known:
             return self._former_points
-        points: list[tuple[float, float]] = []
-        for size in sorted(self._seconds):
-            # Noise must not make a larger step look cheaper.
-            floor_s = points[-1][1] if points else 0.0
-            points.append((self._tokens[size].value, max(floor_s, self._seconds[size].value)))
-        return tuple(points)
+        times_s = self._curve.times_s() * (self._slowness / self._curve.common)
+        return tuple((float(size), float(times_s[size])) for size in self._curve.sizes)

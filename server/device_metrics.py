@@ -1,5 +1,6 @@
 """Prometheus metrics of the sensors and of what admission makes of them, read at scrape time."""
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ _SENSORS = (
     ("temperature_limit_c", "Temperature at which the device slows down."),
     ("power_w", "Power draw."),
     ("power_limit_w", "Power limit."),
-    ("cpu_quota_throttled", "Share of the time in which the CPU quota was used up."),
+    ("cpu_quota_throttled", "Share of the CPU time wanted that the quota withheld."),
 )
 _COUNTERS = (
     ("energy_j", "energy_joules", "Energy used."),
@@ -32,7 +33,7 @@ _COUNTERS = (
 
 
 class DeviceCollector(Collector):
-    """The latest samples, one label value per device; a sensor that is silent has no sample."""
+    """The fresh samples, one label value per device; a sensor that is silent has no sample."""
 
     def __init__(self, model_name: str, gate: "Gate", poller: Poller) -> None:
         self._model_name = model_name
@@ -40,8 +41,7 @@ class DeviceCollector(Collector):
         self._poller = poller
 
     def collect(self) -> Iterable[Metric]:
-        readings = self._poller.latest
-        samples = [one for one in (readings.host, readings.gpu) if one is not None]
+        samples = self._poller.fresh(time.monotonic())
         names = ["model_name", "device"]
         for field, help_text in _SENSORS:
             gauge = GaugeMetricFamily(f"fulcrum_device_{field}", help_text, labels=names)

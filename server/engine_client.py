@@ -51,19 +51,21 @@ class EngineClient:
         metrics: Metrics,
         *,
         stale_s: float,
+        stuck_s: float,
     ) -> None:
         self.tokenizer = tokenizer
         self.gate = gate
         self.load = EngineLoad()
         self.draining = False
+        self.parked_since_s: float | None = None  # while an apply has taken the core away
         self._make_engine = make_engine
         self._metrics = metrics
         self._stale_s = stale_s
+        self._stuck_s = stuck_s
         self._engine: EngineThread | None = None
         self._seq_ids = itertools.count(1)
         self._streams: dict[int, tuple[Generation, Stream]] = {}
         self._generations: set[Generation] = set()
-        self._num_open = 0  # sequences reserved, or not yet ended by the engine
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -97,17 +99,25 @@ class EngineClient:
     def heartbeat_age_s(self) -> float:
         return 0.0 if self._engine is None else self._engine.heartbeat_age_s()
 
+    @property
+    def parked_s(self) -> float:
+        """How long requests have been waiting for the core that an apply builds."""
+        return 0.0 if self.parked_since_s is None else time.monotonic() - self.parked_since_s
+
     def engine_state(self) -> EngineState:
         if self._engine is None or not self._engine.is_alive():
             return "engine dead"
         return "engine stale" if self._engine.heartbeat_age_s() > self._stale_s else "ok"
 
     async def speculation(self) -> SpeculationReport:
-        """What the engine thread says of speculation; raises a 503 where it has ended."""
+        """What the engine thread says of speculation; raises a 503 where it does not answer."""
         if self._engine is not None and self._engine.is_alive():
             inquiry = self._engine.speculation()
             try:
-                return await asyncio.wrap_future(inquiry)
+                async with asyncio.timeout(self._stale_s):
+                    return await asyncio.wrap_future(inquiry)
+            except TimeoutError:
+                raise _stuck() from None
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -115,12 +125,14 @@ class EngineClient:
         raise ApiError(503, "The engine has stopped.", code="engine_stopped")
 
     def check(self) -> None:
-        """Look for what no event tells of: a dead engine, a device in trouble."""
+        """Look for what no event tells of: a dead or stuck engine, a device in trouble."""
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
-            self._num_open -= len(self._streams)
             self._streams.clear()
+        elif self.heartbeat_age_s > self._stuck_s:
+            # They keep their places, and the engine its blocks, until the step comes back.
+            self.fail_all(_stuck())
         self.gate.look()
         num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
         if num_too_many:
@@ -135,16 +147,17 @@ class EngineClient:
     def open(self, arrival: Arrival, num_sequences: int) -> Generation:
         """Reserve places for a request; raises the 400, 429 or 503 that refuses it."""
         if self.draining:
-            raise self.gate.refuse("shutting_down", num_sequences)
+            raise self.gate.refuse("shutting_down", arrival, num_sequences)
         state = self.engine_state()
         if state == "engine dead":
-            raise self.gate.refuse("engine_dead", num_sequences)
+            raise self.gate.refuse("engine_dead", arrival, num_sequences)
         if state == "engine stale":
-            raise self.gate.refuse("engine_stale", num_sequences)
+            raise self.gate.refuse("engine_stale", arrival, num_sequences)
+        if self.parked_s > self.gate.limits.max_ttft_s:
+            raise self.gate.refuse("applying", arrival, num_sequences)
         ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
         self._make_room(ask)
         self.gate.decide(arrival, ask, self._open_load(), is_final=False)
-        self._num_open += num_sequences
         generation = Generation(self, arrival, num_sequences)
         self._generations.add(generation)
         self._idle.clear()
@@ -162,7 +175,7 @@ class EngineClient:
         ask = Ask(
             rank_s=arrival.rank_s,
             num_sequences=len(prompts) * len(choices[0]),
-            num_prompt_tokens=max(map(len, prompts)),
+            prompt_lengths=tuple(map(len, prompts)),
             max_tokens=max(params.max_tokens for row in choices for params in row),
             ignore_eos=choices[0][0].ignore_eos,
             priority=arrival.priority,
@@ -186,10 +199,9 @@ class EngineClient:
 
     def note_expired(self, generation: Generation) -> None:
         num_open = sum(stream.finish_reason is None for stream in generation.streams)
-        self._metrics.observe_decision("deadline_expired", num_open + generation.num_reserved)
+        self.gate.note_expired(generation.arrival, num_open + generation.num_reserved)
 
-    def close(self, generation: Generation, num_unused: int) -> None:
-        self._num_open -= num_unused
+    def close(self, generation: Generation) -> None:
         self._generations.discard(generation)
         if not self._generations:
             self._idle.set()
@@ -197,7 +209,7 @@ class EngineClient:
     @property
     def num_open(self) -> int:
         """Sequences that hold a place; 0 when every one has been ended by the engine."""
-        return self._num_open
+        return len(self._streams) + sum(one.num_reserved for one in self._generations)
 
     # Who is in, and who has to go
 
@@ -238,14 +250,15 @@ class EngineClient:
             self._shed(num_missing, above_priority=ask.priority)
 
     def _shed(self, num_sequences: int, *, above_priority: int | None) -> None:
-        """End waiting requests, those of the last rank first, until so many sequences are gone."""
+        """End waiting requests, the lowest priority and then the youngest first, until so many
+        sequences are gone."""
         waiting = [
             generation
             for generation in self._generations
             if generation.is_waiting
             and (above_priority is None or generation.arrival.priority > above_priority)
         ]
-        waiting.sort(key=lambda generation: generation.arrival.rank_s)
+        waiting.sort(key=lambda one: (one.arrival.priority, one.arrival.arrived_at_s))
         costs, limits = self.gate.costs.costs, self.gate.limits
         while num_sequences > 0 and waiting:
             generation = waiting.pop()
@@ -260,6 +273,8 @@ class EngineClient:
         now_s = time.monotonic()
         self.load = report.load
         self._metrics.observe_step(report)
+        if report.step_costs is not None:
+            self.gate.costs.renew(report.step_costs)
         if report.num_step_tokens:
             self._learn_step(report)
         for event in report.events:
@@ -293,28 +308,22 @@ class EngineClient:
     def _learn_step(self, report: StepReport) -> None:
         costs = self.gate.costs
         costs.observe_step(report.num_step_tokens, report.step_s)
-        num_decoding = num_ended = num_emitted = 0
-        for event in report.events:
-            entry = self._streams.get(event.seq_id)
-            # First tokens come from steps that compute prompts.
-            if entry is not None and event.token_ids and entry[1].last_token_s is not None:
-                num_decoding += 1
-                num_ended += event.finish_reason is not None
-                num_emitted += len(event.token_ids)
-        if num_decoding:
-            is_all = num_decoding - num_ended == report.load.num_running
-            costs.observe_decode(
-                num_decoding, num_emitted, report.num_step_tokens if is_all else None
-            )
+        if report.num_decoding:
+            num_verified = report.num_decoding + report.num_drafted
+            costs.observe_decode(report.num_decoding, report.num_emitted, num_verified)
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
         del self._streams[stream.seq_id]
-        self._num_open -= 1
         duration_s = now_s - stream.submitted_s
         reason = stream.finish_reason or event.finish_reason or "error"
         if reason in ("stop", "length") and stream.num_tokens:
             self.gate.costs.observe_end(stream.num_tokens)
         self._metrics.observe_end("error" if event.finish_reason == "error" else reason, duration_s)
+
+
+def _stuck() -> ApiError:
+    message = "The engine does not come back from a step."
+    return ApiError(503, message, code="engine_stale", retry_after_s=10.0)
 
 
 def _shutting_down() -> ApiError:

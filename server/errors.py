@@ -5,6 +5,9 @@ from typing import Any
 
 import msgspec
 
+# OpenAI's SDKs follow a Retry-After of up to 120 s and give up on a longer one.
+MAX_RETRY_AFTER_S = 110.0
+
 _TYPE_BY_STATUS = {
     400: "invalid_request_error",
     401: "invalid_request_error",

@@ -55,16 +55,20 @@ class OpenSequence(msgspec.Struct, frozen=True):
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """What a request wants. Before its prompt is encoded, its tokens count as 1."""
+    """What a request wants. Before its prompts are encoded they count as one of 1 token."""
 
     rank_s: float
-    num_sequences: int = 1
-    num_prompt_tokens: int = 1
+    num_sequences: int = 1  # as many for each prompt
+    prompt_lengths: tuple[int, ...] = (1,)
     max_tokens: int | None = None  # None: not known yet
     ignore_eos: bool = False
     priority: int = 0
     timeout_s: float | None = None  # that is left
     is_promised: bool = False  # it was told to come again now
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(self.prompt_lengths)
 
 
 class Forecast(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +79,7 @@ class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     idle_end_s: float  # as if nothing else were open
     work_s: float  # of the engine's time, at full concurrency
     num_blocks: int  # that the request is expected to need
+    most_blocks: int  # of these, for one sequence
     starts_now: bool  # lanes and blocks are free for all of it
 
 
@@ -83,8 +88,8 @@ def forecast(
 ) -> Forecast:
     """Predict for `ask` beside what is open; times are 0 while nothing is known of steps."""
     num_output = _expected_output(ask.max_tokens, ask.ignore_eos, 0, costs)
-    num_prompt = ask.num_prompt_tokens
-    own_blocks = _num_blocks(num_prompt + num_output, limits)
+    own_blocks = [_num_blocks(length + num_output, limits) for length in ask.prompt_lengths]
+    num_choices = ask.num_sequences // len(own_blocks)
     lanes = _Lanes(costs, limits)
     ahead = []
     for seq in open_sequences:
@@ -101,17 +106,18 @@ def forecast(
     num_lanes = max(limits.max_company, limits.max_sequences)
     num_decoding = min(lanes.num_held + len(ahead), num_lanes)
     start_step = 0.0
-    for _ in range(ask.num_sequences):
-        start_step = lanes.start(own_blocks, num_output / costs.tokens_per_step)
+    for num_blocks in own_blocks:
+        for _ in range(num_choices):
+            start_step = lanes.start(num_blocks, num_output / costs.tokens_per_step)
     # Choices of one prompt share its keys and values: it is computed once.
-    num_own_tokens = max(1.0, num_prompt * costs.uncached_share)
+    num_own_tokens = sum(max(1.0, length * costs.uncached_share) for length in ask.prompt_lengths)
     num_work_tokens = num_own_tokens
     if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
         num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
-    wait_s = max(
-        start_step * costs.step_s(_steady_tokens(num_decoding, costs)),
-        _prefill_s(num_ahead_tokens, num_decoding, costs, limits),
-    )
+    steady_s = costs.step_s(_steady_tokens(num_decoding, costs))
+    wait_s = max(start_step * steady_s, _prefill_s(num_ahead_tokens, num_decoding, costs, limits))
+    if num_decoding:
+        wait_s += steady_s / 2  # the step that is being computed
     ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
     width = min(num_lanes, num_decoding + ask.num_sequences)
     idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
@@ -124,7 +130,8 @@ def forecast(
         end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
         idle_end_s=idle_ttft_s + (num_output - 1) * costs.decode_s(ask.num_sequences),
         work_s=ask.num_sequences * num_output * share_s + num_work_tokens * prompt_token_s,
-        num_blocks=own_blocks * ask.num_sequences,
+        num_blocks=sum(own_blocks) * num_choices,
+        most_blocks=max(own_blocks),
         starts_now=start_step == 0,
     )
 

@@ -7,6 +7,7 @@ lives on the event loop.
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 import msgspec
 
@@ -24,8 +25,14 @@ _NUM_DECISIONS = 32
 _DUE_HORIZON_S = 5.0
 # After a restart or when a step comes back: nobody can know, so not too long.
 _UNKNOWN_RETRY_S = 10.0
+_UNKNOWN_COSTS_RETRY_S = 1.0  # before the first step
 
-_MESSAGES: dict[Reason, str] = {
+# What is decided without the load: the engine or the server is at its end, or a request that was
+# admitted has to go.
+Refusal = Reason | Literal["engine_stale", "engine_dead", "applying", "shutting_down", "shed"]
+Verdict = Refusal | Literal["admitted", "deadline_expired"]
+
+_MESSAGES: dict[Refusal, str] = {
     "queue_full": "The queue is full. Try again later.",
     "ttft_too_late": "The server is busy: the first token would come too late. Try again later.",
     "deadline_too_short": "The answer cannot be complete within the request's 'timeout'.",
@@ -33,10 +40,11 @@ _MESSAGES: dict[Reason, str] = {
     "device_draining": "The device has a fault and takes no new requests.",
     "engine_stale": "The engine does not come back from a step and takes no new requests.",
     "engine_dead": "The engine has stopped.",
+    "applying": "A setting is being applied, which takes long. Try again later.",
     "shutting_down": "The server is shutting down.",
     "shed": "The request had to make room for others of higher priority. Try again later.",
 }
-_CODES: dict[Reason, str] = {"engine_dead": "engine_stopped"}
+_CODES: dict[Refusal, str] = {"engine_dead": "engine_stopped"}
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +70,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
     age_s: float
     admitted: bool
-    reason: str
+    reason: Verdict
     num_sequences: int
     num_prompt_tokens: int
     priority: int
@@ -101,10 +109,9 @@ class Gate:
         now_s = self._clock()
         horizon_s = min(_DUE_HORIZON_S, self.limits.max_ttft_s / 2)
         num_due = self._promises.num_due(now_s, horizon_s, ask.priority)
-        key = b""
-        if self._promises.num_open and arrival.is_retry is not False:
-            key = digest(arrival.sender, arrival.body)
-        is_promised = bool(key) and self._promises.is_due(key, now_s)
+        # With nobody promised anything, nobody needs to be known again.
+        key = digest(arrival.sender, arrival.body) if self._promises.num_open else b""
+        is_promised = self._promises.is_due(key, now_s, arrival.is_retry)
         # How long the answer may become, and so when it could end, is known with the prompt only.
         timeout_s = arrival.left_s(now_s) if is_final else None
         ask = msgspec.structs.replace(ask, is_promised=is_promised, timeout_s=timeout_s)
@@ -112,22 +119,18 @@ class Gate:
         decision = admit(ask, load, self.costs.costs, self.condition, self.limits)
         if isinstance(decision, Admit):
             if is_final:
-                if is_promised:
-                    self._promises.keep(key)
+                self._promises.come(key, now_s, arrival.is_retry)
                 self._note(ask, now_s, decision.forecast, "admitted", None)
             return decision.forecast
-        if is_promised:
-            self._promises.keep(key)  # it came; now it is told another time
         retry_after_s = self._retry_after_s(decision, arrival, ask, now_s)
         self._note(ask, now_s, decision.forecast, decision.reason, retry_after_s)
-        raise self._error(decision, ask, retry_after_s)
+        raise self._error(decision.status, decision.reason, ask, retry_after_s)
 
-    def refuse(self, reason: Reason, num_sequences: int) -> ApiError:
-        """The 503 of a server whose engine or life is at its end."""
-        self._metrics.observe_decision(reason, num_sequences)
-        return self._error(
-            Reject(503, reason, None), Ask(rank_s=0, num_sequences=num_sequences), _UNKNOWN_RETRY_S
-        )
+    def refuse(self, reason: Refusal, arrival: Arrival, num_sequences: int) -> ApiError:
+        """The 503 of a server whose engine takes nothing at the moment, or never again."""
+        ask = _ask_of(arrival, num_sequences)
+        self._note(ask, self._clock(), None, reason, _UNKNOWN_RETRY_S)
+        return self._error(503, reason, ask, _UNKNOWN_RETRY_S)
 
     def shed(self, arrival: Arrival, num_sequences: int, work_s: float) -> ApiError:
         """The 429 of an admitted request that has to make room."""
@@ -136,9 +139,13 @@ class Gate:
         retry_after_s = self._promises.make(
             key, work_s, num_sequences, 1.0, now_s, arrival.priority
         )
-        ask = Ask(rank_s=0, num_sequences=num_sequences, priority=arrival.priority)
+        ask = _ask_of(arrival, num_sequences)
         self._note(ask, now_s, None, "shed", retry_after_s)
-        return self._error(Reject(429, "shed", None), ask, retry_after_s)
+        return self._error(429, "shed", ask, retry_after_s)
+
+    def note_expired(self, arrival: Arrival, num_sequences: int) -> None:
+        """An admitted request has come to the end of its own time; it was not refused."""
+        self._note(_ask_of(arrival, num_sequences), self._clock(), None, "deadline_expired", None)
 
     def decisions(self) -> list[Decision]:
         """The latest decisions, newest first, with their age."""
@@ -171,13 +178,15 @@ class Gate:
             digest(arrival.sender, arrival.body),
             decision.forecast.work_s,
             ask.num_sequences,
-            decision.retry_after_s or 0.0,
+            decision.retry_after_s or _UNKNOWN_COSTS_RETRY_S,
             now_s,
             ask.priority,
+            is_retry=arrival.is_retry,
         )
 
-    def _error(self, decision: Reject, ask: Ask, retry_after_s: float | None) -> ApiError:
-        reason = decision.reason
+    def _error(
+        self, status: int, reason: Refusal, ask: Ask, retry_after_s: float | None
+    ) -> ApiError:
         if reason == "too_many_sequences":
             return ApiError(
                 400,
@@ -189,7 +198,7 @@ class Gate:
         if reason == "device_draining":
             message = f"{message} ({', '.join(self.condition.reasons)})"
         return ApiError(
-            decision.status,
+            status,
             message,
             param="timeout" if reason == "deadline_too_short" else None,
             code=_CODES.get(reason, reason),
@@ -202,7 +211,7 @@ class Gate:
         ask: Ask,
         now_s: float,
         forecast: Forecast | None,
-        reason: str,
+        reason: Verdict,
         retry_after_s: float | None,
     ) -> None:
         self._metrics.observe_decision(reason, ask.num_sequences)
@@ -219,3 +228,7 @@ class Gate:
                 retry_after_s=None if retry_after_s is None else round(retry_after_s, 3),
             )
         )
+
+
+def _ask_of(arrival: Arrival, num_sequences: int) -> Ask:
+    return Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)

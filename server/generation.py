@@ -180,7 +180,7 @@ class Generation:
             self._deadline.cancel()
         self._abort_unfinished()
         self._closed = True
-        self._client.close(self, self._num_reserved)
+        self._client.close(self)
 
     def usage(self, options: FulcrumOptions | None = None) -> Usage:
         """Tokens so far; a prompt counts once, however many choices it has.

@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_queue: int = 256
     grace_s: float = 30.0
     health_stale_s: float = 10.0
+    stuck_step_s: float = 60.0
     stalled_reader_s: float = 60.0
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
@@ -83,13 +84,10 @@ def arrival(request: web.Request, raw: bytes, body: GenerationRequest) -> Arriva
         )
     if body.timeout is not None and not 0 < body.timeout <= _MAX_TIMEOUT_S:
         raise invalid("timeout", f"'timeout' must be above 0 and at most {_MAX_TIMEOUT_S} seconds.")
-    # OpenAI's SDKs count their attempts; of other clients' requests nobody knows.
+    # Who honours a Retry-After with a call of its own gives it another x-request-id, and counts
+    # attempts anew.
     attempt = request.headers.get("x-stainless-retry-count")
-    sender = (
-        request.remote,
-        request.headers.get("Authorization"),
-        request.headers.get("x-request-id"),
-    )
+    sender = (request.remote, request.headers.get("Authorization"))
     return Arrival(
         sender=hashlib.blake2b(repr(sender).encode(), digest_size=16).hexdigest(),
         body=raw,

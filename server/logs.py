@@ -6,8 +6,10 @@ stands still must not hold up a stream. No prompt and no generated text is ever 
 
 import logging
 import logging.handlers
+import os
 import queue
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -16,19 +18,38 @@ import msgspec
 LogFormat = Literal["text", "json"]
 
 _MAX_QUEUED_RECORDS = 10_000
+_FLUSH_S = 2.0
 
 
 def start_logging(log_format: LogFormat) -> logging.handlers.QueueListener:
-    """Send all records to standard error in that format; the caller stops the listener."""
+    """Send all records to standard error in that format; `stop_logging` ends it."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     records: queue.Queue[logging.LogRecord] = queue.Queue(_MAX_QUEUED_RECORDS)
     root = logging.getLogger()
     root.handlers[:] = [_DroppingHandler(records)]
     root.setLevel(logging.INFO)
-    listener = logging.handlers.QueueListener(records, handler)
+    listener = _Listener(records, handler)
     listener.start()
     return listener
+
+
+def stop_logging(listener: logging.handlers.QueueListener, code: int) -> None:
+    """Write what is queued; where nobody reads it, the process ends here with `code`.
+
+    The listener's thread then holds the lock of standard error, without which Python cannot end.
+    """
+    stopper = threading.Thread(target=listener.stop, daemon=True)
+    stopper.start()
+    stopper.join(_FLUSH_S)
+    if stopper.is_alive():
+        os._exit(code)
+
+
+class _Listener(logging.handlers.QueueListener):
+    def enqueue_sentinel(self) -> None:
+        assert isinstance(self.queue, queue.Queue)
+        self.queue.put(None)  # waits for a place where there is none
 
 
 class _DroppingHandler(logging.handlers.QueueHandler):

@@ -109,6 +109,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory", type=parse_size, help="memory of the KV cache, e.g. 512MB or 2GiB"
     )
     group.add_argument(
+        "--prefix-cache",
+        type=parse_size,
+        help="of the KV memory, what text of ended requests may keep (default: all of a given "
+        "--kv-memory, else 256 MiB or as much as the weights)",
+    )
+    group.add_argument(
         "--max-model-len", type=_count(1), help="tokens of prompt and output together"
     )
     group.add_argument(
@@ -170,6 +176,12 @@ def _add_http_options(parser: argparse.ArgumentParser) -> None:
         help="age of the engine's heartbeat that makes /health fail (default: %(default)s)",
     )
     group.add_argument(
+        "--stuck-step-s",
+        type=_seconds(1.0),
+        default=defaults.stuck_step_s,
+        help="age of that heartbeat that ends open requests with an error (default: %(default)s)",
+    )
+    group.add_argument(
         "--stalled-reader-s",
         type=_seconds(1.0),
         default=defaults.stalled_reader_s,
@@ -213,6 +225,8 @@ def _to_options(args: argparse.Namespace) -> Options:
         raise ConfigError("--served-model-name: must not be empty")
     if args.max_body < 1:
         raise ConfigError("--max-body: must be at least 1 byte")
+    if args.stuck_step_s < args.health_stale_s:
+        raise ConfigError("--stuck-step-s: must be at least --health-stale-s")
     return Options(
         engine=EngineConfig(
             model=args.model,
@@ -220,6 +234,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             quantization=args.quantization,
             kv_dtype=args.kv_dtype,
             kv_memory_bytes=args.kv_memory,
+            prefix_cache_bytes=args.prefix_cache,
             max_model_len=args.max_model_len,
             max_sequences=args.max_sequences,
             max_step_tokens=args.max_step_tokens,
@@ -235,6 +250,7 @@ def _to_options(args: argparse.Namespace) -> Options:
             max_queue=args.max_queue,
             grace_s=args.grace_s,
             health_stale_s=args.health_stale_s,
+            stuck_step_s=args.stuck_step_s,
             stalled_reader_s=args.stalled_reader_s,
             header_timeout_s=args.header_timeout_s,
             body_timeout_s=args.body_timeout_s,

@@ -69,6 +69,7 @@ async def _send_deltas(
             deltas = await generation.take()
         await response.write(framer.end())
     except ApiError as error:
+        response.force_close()  # its status said that all is well
         await response.write(error.event())
     except (ConnectionError, asyncio.CancelledError):
         raise

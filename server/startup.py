@@ -44,7 +44,8 @@ def start_table(loaded: LoadedModel, name: str, log_format: LogFormat) -> Callab
         (
             "KV cache",
             f"{loaded.num_kv_blocks} blocks, {num_tokens} tokens, "
-            f"{loaded.ledger.kv_bytes / 1e6:.1f} MB ({loaded.num_blocks_reason})",
+            f"{loaded.ledger.kv_bytes / 1e6:.1f} MB ({loaded.num_blocks_reason}), "
+            f"{loaded.num_kept_blocks} for text of ended requests",
         ),
         ("max length", f"{loaded.max_model_len} tokens ({loaded.max_model_len_reason})"),
         ("threads", str(loaded.num_threads)),

@@ -68,6 +68,8 @@ def health(client: EngineClient, poller: Poller) -> Health:
     reasons = list(condition.reasons)
     if poller.is_blind(now_s):
         reasons.append("no telemetry: admission by the engine's load alone")
+    if client.parked_since_s is not None:
+        reasons.append("a setting is being applied: requests wait for its core")
     status: str = client.engine_state()
     if status == "ok" and (client.draining or condition.status == "draining"):
         status = "draining"

@@ -40,7 +40,11 @@ LAYER_NAMES: Mapping[str, str] = {
 }
 DRAFT_IDS_NAME = "draft_token_ids"
 _CONFIG_NAME = "config.json"
-_FORMAT = "int8"  # of all matrices: a draft need not be exact, but half the bytes is half the time
+# Of all matrices: a draft need not be exact, and its time is that of reading them. Against int8 the
+# head of SmolLM2 drafts in two thirds of the time and loses 0.003 of its acceptance.
+_FORMAT = "int4"
+_WIDE_FORMAT = "int8"  # of rows that are no multiple of int4's groups
+_GROUP_SIZE = 32
 _MATRICES = frozenset(
     ("input_projection", "q", "k", "v", "attention_output", "gate", "up", "down", "output")
 )
@@ -152,16 +156,22 @@ def module_config(spec: ModelSpec, head: MtpHead) -> fulcrum_core.Config:
     return config
 
 
+def _format(num_cols: int) -> str:
+    return _WIDE_FORMAT if num_cols % _GROUP_SIZE else _FORMAT
+
+
 def module_weights_bytes(head: MtpHead, spec: ModelSpec, isa: str) -> int:
     """Bytes of a module's own weights, packed: what `load_module` will take."""
     num_bytes = 0
     for slot, tensor in head.tensors.items():
         if slot in _MATRICES:
-            num_bytes += fulcrum_core.packed_bytes(isa, _FORMAT, *tensor.shape)
+            num_rows, num_cols = tensor.shape
+            num_bytes += fulcrum_core.packed_bytes(isa, _format(num_cols), num_rows, num_cols)
         else:
             num_bytes += tensor.num_values * 4
     if head.draft_ids is not None:
-        num_bytes += fulcrum_core.packed_bytes(isa, _FORMAT, len(head.draft_ids), spec.hidden_size)
+        num_rows, num_cols = len(head.draft_ids), spec.hidden_size
+        num_bytes += fulcrum_core.packed_bytes(isa, _format(num_cols), num_rows, num_cols)
     return num_bytes
 
 
@@ -175,7 +185,7 @@ def _load(module: Any, slot: str, tensor: StoredTensor, norm_offset: float) -> N
         if len(tensor.shape) != 2:
             raise ValueError("is no matrix")
         rows, cols = tensor.shape
-        module.load_matrix(slot, layer, tensor.block_type, tensor.data, rows, cols, _FORMAT)
+        module.load_matrix(slot, layer, tensor.block_type, tensor.data, rows, cols, _format(cols))
     except ValueError as error:
         raise CheckpointError(f"{tensor.path}: tensor {tensor.name}: {error}") from error
 
@@ -197,5 +207,5 @@ def _load_head_rows(
     chosen = np.ascontiguousarray(matrix.data.reshape(rows, row_bytes)[draft_ids])
     module.set_head_ids(draft_ids)
     module.load_matrix(
-        "output", -1, matrix.block_type, chosen.reshape(-1), len(draft_ids), cols, _FORMAT
+        "output", -1, matrix.block_type, chosen.reshape(-1), len(draft_ids), cols, _format(cols)
     )

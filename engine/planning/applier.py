@@ -62,6 +62,8 @@ class SwitchableEngine(Protocol):
 
     def speculation(self) -> Future[SpeculationReport]: ...
 
+    def stop(self, grace_s: float) -> object: ...
+
 
 class Applier:
     """Owns what serves now, once it has been given the first deployment and its engine."""

@@ -10,15 +10,15 @@ from engine.config import ConfigError, EngineConfig
 from engine.deployment import Deployment
 from engine.ledger import Ledger
 from engine.machine import available_memory_bytes
-from engine.migration import SwitchError
+from engine.migration import SwitchError, settle
 from engine.planning.apply_types import Mode, State, Status, now
 from engine.planning.core_probe import self_check
-from engine.planning.cost_model import CostModel, Interval
+from engine.planning.cost_model import CostModel
 from engine.planning.memory import shortage_text
 from engine.planning.observer import DecodeWindow
 from engine.planning.preview import Preview
 from engine.planning.proposal import changes_drafters_only, settings_of
-from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome
+from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome, speed_outcome
 from engine.speculation.setup import OFF
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _ROOM = 1.05  # of what a new state needs, before it is built beside the old one
 _DRAIN_S = 30.0
+_PARK_TIMEOUT_S = 60.0  # for a step that is under way
 _SWITCH_TIMEOUT_S = 600.0  # until the last sequence has moved
 _MIN_STEPS = 24  # of decoding, for a speed to be measured
 _ENOUGH_STEPS = 60
@@ -94,7 +95,7 @@ class ApplyRun:
         self._build_s = time.monotonic() - began_s
         self._update("switching", "the next step drafts in the new way")
         began_s = time.monotonic()
-        applier.engine().redraft(new.loaded.speculation).result(_SWITCH_TIMEOUT_S)
+        settle(applier.engine().redraft(new.loaded.speculation), _SWITCH_TIMEOUT_S)
         self._switch_s = time.monotonic() - began_s
         applier.deployment = new
         applier.announce(new, new.loaded.max_model_len)
@@ -115,27 +116,41 @@ class ApplyRun:
         """Memory does not hold both: release the old state, then build; else build it again."""
         applier = self._applier
         shorter = applier.planner.plan(config).context.max_model_len
-        applier.announce(self._old, min(shorter, self._old.loaded.max_model_len))
-        applier.engine().park(_DRAIN_S).result(_DRAIN_S + 60)
-        old_config = self._old.config
+        length = self._old.loaded.max_model_len
+        applier.announce(self._old, min(shorter, length))
+        try:
+            settle(applier.engine().park(_DRAIN_S), _DRAIN_S + _PARK_TIMEOUT_S)
+        except BaseException:
+            applier.announce(self._old, length)
+            raise
         # The last references to the old core and its memory: a drafter shares parts of it.
         self._old = applier.deployment = msgspec.structs.replace(
             self._old,
             loaded=msgspec.structs.replace(self._old.loaded, core=None, speculation=OFF),
         )
+        applier.announce(self._old, min(shorter, length))
         try:
             new = self._timed_build(config)
             self._check(new)
             self._switch_to(new)
         except BaseException as error:
             self._update("building", f"building the old state again: {error}")
-            again = applier.build(old_config)
-            applier.engine().switch(
-                again.loaded.core, again.engine_settings, speculation=again.loaded.speculation
-            ).result(_SWITCH_TIMEOUT_S)
-            self._old = applier.deployment = again
-            applier.announce(again, again.loaded.max_model_len)
+            self._build_again(self._old.config)
             raise
+
+    def _build_again(self, config: EngineConfig) -> None:
+        """Serve with the old setting again after the core has been released."""
+        applier = self._applier
+        try:
+            again = applier.build(config)
+            self._old = applier.deployment = again
+            self._hand_over(again)
+        except BaseException:
+            # Nothing is left to serve with: nobody may wait for it, and /health has to say so.
+            log.critical("there is no state to serve with: the engine ends")
+            applier.engine().stop(0.0)
+            raise
+        applier.announce(again, again.loaded.max_model_len)
 
     def _timed_build(self, config: EngineConfig) -> Deployment:
         began_s = time.monotonic()
@@ -154,13 +169,17 @@ class ApplyRun:
         applier = self._applier
         self._update("switching", "running sequences move to the new state")
         began_s = time.monotonic()
-        done = applier.engine().switch(
-            new.loaded.core, new.engine_settings, speculation=new.loaded.speculation
-        )
-        done.result(_SWITCH_TIMEOUT_S)
+        self._hand_over(new)
         self._switch_s = time.monotonic() - began_s
         applier.deployment = new
         applier.announce(new, new.loaded.max_model_len)
+
+    def _hand_over(self, to: Deployment) -> None:
+        speculation = to.loaded.speculation
+        done = self._applier.engine().switch(
+            to.loaded.core, to.engine_settings, speculation=speculation
+        )
+        settle(done, _SWITCH_TIMEOUT_S)
 
     def _finish(
         self,
@@ -171,7 +190,7 @@ class ApplyRun:
     ) -> None:
         self._update("measuring", "measuring what the new setting does")
         window = self._observe(model)
-        speed = _speed_outcome(window, model, before)
+        speed = speed_outcome(window, model, before)
         missed = (
             speed.predicted is not None
             and speed.measured is not None
@@ -212,26 +231,21 @@ class ApplyRun:
 
     def _roll_back(self) -> None:
         applier = self._applier
-        old = self._old
+        old, new = self._old, applier.deployment
         if self._status.mode == "next_step":
-            applier.engine().redraft(old.loaded.speculation).result(_SWITCH_TIMEOUT_S)
-            applier.deployment = old
-            applier.announce(old, old.loaded.max_model_len)
-            return
-        if self._status.mode == "drain":
-            applier.engine().park(0.0).result(60)
-            config = old.config
-            applier.deployment = old
-            old = applier.build(config)
-        applier.announce(applier.deployment, min(old.loaded.max_model_len, self._length_served()))
-        applier.engine().switch(
-            old.loaded.core, old.engine_settings, speculation=old.loaded.speculation
-        ).result(_SWITCH_TIMEOUT_S)
+            settle(applier.engine().redraft(old.loaded.speculation), _SWITCH_TIMEOUT_S)
+        else:
+            applier.announce(new, min(old.loaded.max_model_len, new.loaded.max_model_len))
+            if self._status.mode == "drain":
+                settle(applier.engine().park(0.0), _PARK_TIMEOUT_S)
+                applier.announce(old, min(old.loaded.max_model_len, new.loaded.max_model_len))
+                applier.deployment = old
+                del new  # its memory is needed
+                self._build_again(old.config)
+                return
+            self._hand_over(old)
         applier.deployment = old
         applier.announce(old, old.loaded.max_model_len)
-
-    def _length_served(self) -> int:
-        return self._applier.deployment.loaded.max_model_len
 
     def _fail(self, error: str) -> None:
         self._end("failed", error, None, None, self._status.preview)
@@ -282,20 +296,3 @@ class ApplyRun:
             self._status, state=state, detail=detail, seconds=seconds, **changes
         )
         self._applier.keep(self._status)
-
-
-def _speed_outcome(
-    window: DecodeWindow | None, model: CostModel | None, before: DecodeWindow | None
-) -> SpeedOutcome:
-    predicted = None
-    if window is not None and model is not None and window.predicted_tokens_per_s is not None:
-        value = window.predicted_tokens_per_s
-        margin = model.margin(window.mean_sequences)
-        predicted = Interval(value, value * (1 - margin), value * (1 + margin))
-    return SpeedOutcome(
-        predicted=predicted,
-        measured=window.tokens_per_s if window is not None else None,
-        num_sequences=window.mean_sequences if window is not None else None,
-        num_steps=window.num_steps if window is not None else 0,
-        before=before.tokens_per_s if before is not None else None,
-    )

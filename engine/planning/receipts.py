@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.planning.cost_model import Interval
+from engine.planning.cost_model import CostModel, Interval
+from engine.planning.observer import DecodeWindow
 from engine.planning.quality import Quality
 
 _KEPT_IN_MEMORY = 50
@@ -75,3 +76,21 @@ class ReceiptLog:
         """Those of this process, the newest first."""
         with self._lock:
             return self._latest[::-1]
+
+
+def speed_outcome(
+    window: DecodeWindow | None, model: CostModel | None, before: DecodeWindow | None
+) -> SpeedOutcome:
+    """What a window of decode steps says of a promise, and of the speed before."""
+    predicted = None
+    if window is not None and model is not None and window.predicted_tokens_per_s is not None:
+        value = window.predicted_tokens_per_s
+        margin = model.margin(window.mean_sequences)
+        predicted = Interval(value, value * (1 - margin), value * (1 + margin))
+    return SpeedOutcome(
+        predicted=predicted,
+        measured=window.tokens_per_s if window is not None else None,
+        num_sequences=window.mean_sequences if window is not None else None,
+        num_steps=window.num_steps if window is not None else 0,
+        before=before.tokens_per_s if before is not None else None,
+    )

@@ -119,5 +119,12 @@ class Acceptance:
 
 
 def _survivals(probs: FloatArray, odds: FloatArray) -> FloatArray:
+    if len(probs) == 1:  # of a single stream: loops are quicker on so few numbers
+        (own_odds,) = odds.tolist()
+        survivals, survival = [], 1.0
+        for prob in probs[0].tolist():
+            survival *= prob * own_odds / (1.0 + prob * (own_odds - 1.0))
+            survivals.append(survival)
+        return np.array([survivals])
     column = odds[:, None]
     return np.multiply.accumulate(probs * column / (1.0 + probs * (column - 1.0)), axis=1)

@@ -84,6 +84,11 @@ class StepDrafts:
         return float(self.times_s[min(num_drafted, len(self.times_s) - 1)])
 
     @property
+    def is_decoding_only(self) -> bool:
+        """Whether no prompt is computed in the step."""
+        return self.base_tokens == len(self.candidates)
+
+    @property
     def plain_rate(self) -> float:
         """Emitted tokens per second without drafts."""
         return len(self.candidates) / self.seconds(0)

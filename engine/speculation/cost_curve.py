@@ -1,11 +1,14 @@
 """How long something takes by its size, learned from noisy times while serving.
 
 The policy keeps one curve for a step by its number of tokens, and one for each drafter and number
-of drafts by the number of sequences. Times never fall as the size grows.
+of drafts by the number of sequences. Times never fall as the size grows. Machines are shared: any
+single time, one of the calibration too, may be several times too long, so that medians decide.
 """
 
 import math
+import statistics
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence as Row
 
 import numpy as np
@@ -19,47 +22,76 @@ SIZES = (
     *(*range(1, 13), 14, 16, 18, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 128, 192, 256),
     *(384, 512, 1024, 2048, 4096),
 )
-# A time counts as at most this much off, so that no single one moves the curve far: a stall of a
-# second weighs as much as a step that is a quarter slower than expected.
-MAX_SURPRISE = 0.25
-COMMON_RATE = 0.04  # by how much of a surprise the whole curve moves,
-OWN_RATE = 0.04  # and the measured size besides, once it is well known
+LEVEL_WINDOW = 15  # times of all sizes, whose median says how fast the machine is now
+# Times of one size, whose median says how it differs from the rest. Longer than twice the other:
+# when the machine changes, the times until that is noticed must not look like those of a size.
+OWN_WINDOW = 32
+# Fewer times say nothing of the size alone: what they show is put down to the machine, which is
+# found out soon where it is wrong, while a size that is wrongly taken for dear is not run again.
+FEWEST_OWN = 5
+SEED_WEIGHT = 2.0  # times that a calibrated one counts as: it was taken in one short moment
+BETWEEN_SEEDS_WEIGHT = 0.5
+# Where times scatter by more than this, they say little of the few percent that a token more takes:
+# the calibration, which takes the least of several, then counts for more.
+QUIET = 0.02
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
-MAX_WEIGHT = 20.0
-SEED_WEIGHT = 10.0
+MAX_WEIGHT = 100.0
 LEAST_WEIGHT = 0.01
-REBUILD_EVERY = 8  # times taken in
+REBUILD_EVERY = 8  # times taken in, once so many were:
+SETTLED_AFTER = 64
 GUESSED_SLOPE = 0.05  # per size, where a single size is known
 
 
-class CostCurve:
-    """Seconds by size, 1 … max_size."""
+class Level:
+    """How fast the machine is against the moment of the calibration: it concerns all sizes.
 
-    def __init__(self, max_size: int) -> None:
+    Without this, a machine that was busy then would look like one on which whatever has been run
+    since is cheap, and all else dear.
+    """
+
+    def __init__(self) -> None:
+        self.log_factor = 0.0
+        self._recent = deque([0.0] * int(SEED_WEIGHT), maxlen=LEVEL_WINDOW)
+
+    def observe(self, log_ratio: float) -> None:
+        """Take in a measured time by the one expected at level 0, as a logarithm."""
+        self._recent.append(log_ratio)
+        self.log_factor = statistics.median(self._recent)
+
+
+class CostCurve:
+    """Seconds by size, 1 … max_size: those of the seeds, corrected by size and by the level."""
+
+    def __init__(self, max_size: int, level: Level | None = None) -> None:
+        """Curves of things that run on the same occasions may share a level."""
         self.sizes = (*SIZES[: bisect_left(SIZES, max_size)], max_size)
         self.is_known = False  # whether any time was taken in
         self._max_size = max_size
-        # A size's time is that of the seeds, times what was learned since, times what is the
-        # machine's speed of the moment and concerns all sizes.
+        self._level = Level() if level is None else level
         self._seeds_s: dict[int, float] = {}
-        self._seeded_s: FloatArray = np.zeros(len(self.sizes))
-        self._ratios = np.ones(len(self.sizes))
-        self._common = 1.0
-        # How many times stand behind each ratio; 0: it is that of its neighbours.
-        self._weights = np.zeros(len(self.sizes))
-        self._last_seen = np.zeros(len(self.sizes))
+        self._seed_curve: FloatArray = np.zeros(max_size + 1)
+        # Logarithms of a size's latest times by those of the seeds, at level 0.
+        self._own = [deque[float](maxlen=OWN_WINDOW) for _ in self.sizes]
+        self._own_medians = np.zeros(len(self.sizes))
+        self._spreads = np.zeros(len(self.sizes))  # median deviations from these
+        self._changed: set[int] = set()  # sizes whose median is not that of their times any more
+        self._weights = [0.0] * len(self.sizes)  # how many times stand behind each
+        self._seed_weights = np.full(len(self.sizes), LEAST_WEIGHT)
+        self._last_seen = [0] * len(self.sizes)
         self._num_observed = 0
         self._num_pending = 0  # of these, not in the curve yet
-        self._curve: FloatArray = np.zeros(max_size + 1)
+        self._curve: FloatArray = np.zeros(max_size + 1)  # at level 0
+        self._current: FloatArray = self._curve  # at the level that was the latest one then
+        self._current_level = 0.0
 
     def seed(self, size: int, time_s: float) -> None:
-        """Take a careful measurement as the truth about one size."""
-        index = min(range(len(self.sizes)), key=lambda i: abs(self.sizes[i] - size))
-        self._seeds_s[size] = time_s / self._common
-        self._ratios[index] = 1.0
-        self._weights[index] = SEED_WEIGHT
-        self._last_seen[index] = self._num_observed
-        self._seeded_s = _through(self._seeds_s, self.sizes)
+        """Take in a time that was measured on purpose, before serving."""
+        self._seeds_s[size] = time_s / math.exp(self._level.log_factor)
+        if len(self._seeds_s) > 1:  # a single one says nothing of the curve's shape
+            self._seed_weights[:] = BETWEEN_SEEDS_WEIGHT
+            self._seed_weights[[self._nearest(one) for one in self._seeds_s]] = SEED_WEIGHT
+        seeded_s = _through(self._seeds_s, self.sizes)
+        self._seed_curve = np.interp(np.arange(self._max_size + 1), self.sizes, seeded_s)
         self.is_known = True
         self._rebuild()
 
@@ -71,93 +103,94 @@ class CostCurve:
             self.seed(size, time_s)
             return
         self._num_observed += 1
-        surprise = time_s / float(self._curve[size]) - 1.0
-        # Most of a lasting change concerns all sizes, those too that are not run at the moment:
-        # without this, a machine that got slower would look like a size that got dearer.
-        self._common *= 1.0 + COMMON_RATE * _limited(surprise, MAX_SURPRISE)
-        right = bisect_left(self.sizes, size)
-        if self.sizes[right] == size:
-            self._correct(right, surprise, 1.0)
-        else:
-            low, high = self.sizes[right - 1], self.sizes[right]
-            share = (size - low) / (high - low)
-            self._correct(right - 1, surprise, 1.0 - share)
-            self._correct(right, surprise, share)
+        self._level.observe(math.log(time_s / float(self._curve[size])))
+        index = self._nearest(size)
+        log_ratio = math.log(time_s / float(self._seed_curve[size]))
+        self._own[index].append(log_ratio - self._level.log_factor)
+        self._changed.add(index)
+        age = self._num_observed - self._last_seen[index]
+        weight = self._weights[index] * math.exp(-age / STALE_AFTER)
+        self._weights[index] = min(weight + 1.0, MAX_WEIGHT)
+        self._last_seen[index] = self._num_observed
         self._num_pending += 1
-        if self._num_pending >= REBUILD_EVERY:
+        if self._num_pending >= REBUILD_EVERY or self._num_observed <= SETTLED_AFTER:
             self._rebuild()
 
     def times_s(self) -> FloatArray:
         """Return the times by size, index 0 unused; do not write to it."""
-        return self._curve
+        if self._current_level != self._level.log_factor:
+            self._current_level = self._level.log_factor
+            self._current = self._curve * math.exp(self._current_level)
+        return self._current
+
+    def time_s(self, size: int) -> float:
+        """Return the time of one size, without those of the others."""
+        return float(self._curve[size]) * math.exp(self._level.log_factor)
+
+    @property
+    def common(self) -> float:
+        """The part of the times that is the machine's speed of the moment, the same for all."""
+        return math.exp(self._level.log_factor)
 
     def points(self) -> list[tuple[int, float]]:
         """Return (size, seconds) of the sizes that were measured."""
+        seeded = {self._nearest(size) for size in self._seeds_s}
         return [
-            (size, float(self._curve[size]))
-            for size, weight in zip(self.sizes, self._weights, strict=True)
-            if weight
+            (size, self.time_s(size))
+            for index, size in enumerate(self.sizes)
+            if index in seeded or self._own[index]
         ]
 
-    def _correct(self, index: int, surprise: float, share: float) -> None:
-        age = self._num_observed - float(self._last_seen[index])
-        weight = float(self._weights[index]) * math.exp(-age / STALE_AFTER)
-        if weight < 1.0:
-            # What is known of it is its place among the others.
-            weights = self._current_weights()
-            self._ratios[index] = np.interp(self.sizes[index], *self._fresh_ratios(weights))
-        # A size that is new or was not run for long learns fast.
-        rate = max(OWN_RATE, 1.0 / (weight + 2.0))
-        limit = MAX_SURPRISE * (1.0 + rate)
-        self._ratios[index] *= 1.0 + rate * share * _limited(surprise, limit)
-        self._weights[index] = min(weight + share, MAX_WEIGHT)
-        self._last_seen[index] = self._num_observed
-
-    def _current_weights(self) -> FloatArray:
-        """How many times stand behind each size, old ones counting less."""
-        weights: FloatArray = self._weights * np.exp(
-            (self._last_seen - self._num_observed) / STALE_AFTER
-        )
-        return weights
-
-    def _fresh_ratios(self, weights: FloatArray) -> tuple[list[int], FloatArray]:
-        """Sizes that were met lately, in ascending order, and their ratios; at least one."""
-        fresh = np.flatnonzero(weights >= min(1.0, float(weights.max())))
-        return [self.sizes[index] for index in fresh.tolist()], self._ratios[fresh]
+    def _nearest(self, size: int) -> int:
+        right = bisect_left(self.sizes, size)
+        if right and size - self.sizes[right - 1] < self.sizes[right] - size:
+            return right - 1
+        return right
 
     def _rebuild(self) -> None:
         self._num_pending = 0
-        weights = self._current_weights()
-        # A size that was not met for long keeps its place among the others, which moved on.
-        others = np.interp(self.sizes, *self._fresh_ratios(weights))
-        ratios = (weights * self._ratios + others) / (weights + 1.0)
-        times_s = never_falling(
-            (self._seeded_s * ratios).tolist(), (weights + LEAST_WEIGHT).tolist()
-        )
-        curve = np.interp(np.arange(self._max_size + 1), self.sizes, times_s)
-        self._curve = curve * self._common
+        for index in self._changed:
+            own = self._own[index]
+            median = self._own_medians[index] = statistics.median(own)
+            self._spreads[index] = statistics.median([abs(value - median) for value in own])
+        self._changed.clear()
+        ages = self._num_observed - np.array(self._last_seen)
+        weights = np.array(self._weights) * np.exp(-ages / STALE_AFTER)  # old times count less
+        weights[[len(times) < FEWEST_OWN for times in self._own]] = 0.0
+        seed_weights = self._seed_weights * (1.0 + (self._spreads / QUIET) ** 2)
+        own_logs = self._own_medians * weights / (weights + seed_weights)
+        fresh = np.flatnonzero(weights >= 1.0)
+        if len(fresh):
+            # A size that was not met lately keeps its place among the others, which moved on.
+            others = np.interp(self.sizes, [self.sizes[i] for i in fresh.tolist()], own_logs[fresh])
+            own_logs = (weights * own_logs + others) / (weights + 1.0)
+        times_s = self._seed_curve[list(self.sizes)] * np.exp(own_logs)
+        rising_s = never_falling(times_s.tolist(), (weights + LEAST_WEIGHT).tolist())
+        self._curve = np.interp(np.arange(self._max_size + 1), self.sizes, rising_s)
+        self._current_level = self._level.log_factor
+        self._current = self._curve * math.exp(self._current_level)
 
 
 def _through(seeds_s: dict[int, float], sizes: Row[int]) -> FloatArray:
-    """Times at `sizes` on straight lines through the seeds, and beyond the last as before it."""
+    """Times at `sizes` on straight lines through the seeds, and beyond the last as before it.
+
+    A disturbance only ever adds time: where a larger size took less, that bounds the smaller one.
+    """
     known = sorted(seeds_s)
-    times_s = [seeds_s[size] for size in known]
+    times_s = np.minimum.accumulate([seeds_s[size] for size in known][::-1])[::-1].tolist()
     if len(known) == 1:
         slope = GUESSED_SLOPE * times_s[0]
         start_s = max(times_s[0] - slope * (known[0] - 1), 0.5 * times_s[0])
     else:
-        slope = max(0.0, (times_s[-1] - times_s[-2]) / (known[-1] - known[-2]))
+        slope = (times_s[-1] - times_s[-2]) / (known[-1] - known[-2])
         start_s = times_s[0]
     if known[0] > 1:
         known, times_s = [1, *known], [start_s, *times_s]
     if known[-1] < sizes[-1]:
         times_s = [*times_s, times_s[-1] + slope * (sizes[-1] - known[-1])]
         known = [*known, sizes[-1]]
-    return np.interp(sizes, known, times_s)
-
-
-def _limited(value: float, limit: float) -> float:
-    return min(max(value, -limit), limit)
+    at_sizes_s: FloatArray = np.interp(sizes, known, times_s)
+    return at_sizes_s
 
 
 def never_falling(values: list[float], weights: list[float]) -> list[float]:

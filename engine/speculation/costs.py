@@ -2,12 +2,11 @@
 
 import numpy as np
 
-from engine.speculation.cost_curve import CostCurve, FloatArray
+from engine.speculation.cost_curve import CostCurve, FloatArray, Level
 
 # Of a step with as many tokens, for a run of a drafter that was never timed: it is tried, and
 # then it is known.
 GUESSED_RUN_SHARE = 0.08
-CACHE_CALLS = 16  # after which what was computed is computed anew
 
 
 class DraftCost:
@@ -16,9 +15,10 @@ class DraftCost:
     def __init__(self, step: CostCurve, max_sequences: int, max_drafts: int) -> None:
         self._step = step
         self._max_drafts = max_drafts
-        self._curves = [CostCurve(max_sequences) for _ in range(max_drafts)]
+        # Most calls ask for one depth: what they show of the machine concerns the others too.
+        level = Level()
+        self._curves = [CostCurve(max_sequences, level) for _ in range(max_drafts)]
         self._cached: dict[int, FloatArray] = {}
-        self._num_calls = 0
 
     def curve(self, num_drafts: int) -> CostCurve:
         """The curve by number of sequences for this many drafts, to seed or to read."""
@@ -27,15 +27,15 @@ class DraftCost:
     def observe(self, num_sequences: int, num_drafts: int, draft_s: float) -> None:
         """Take in the time of one call; num_drafts is the largest of its sequences'."""
         self._curves[min(num_drafts, self._max_drafts) - 1].observe(num_sequences, draft_s)
+        self._cached.clear()
 
     def times_s(self, num_sequences: int) -> FloatArray:
         """Return seconds by number of drafts, 0 … max_drafts; do not write to it."""
-        self._num_calls += 1
-        if self._num_calls % CACHE_CALLS == 0:
-            self._cached.clear()
         times_s = self._cached.get(num_sequences)
         if times_s is None:
-            times_s = self._cached[num_sequences] = self._compute(num_sequences)
+            times_s = self._compute(num_sequences)
+            if any(curve.is_known for curve in self._curves):  # else the step's curve decides
+                self._cached[num_sequences] = times_s
         return times_s
 
     def _compute(self, num_sequences: int) -> FloatArray:
@@ -44,10 +44,10 @@ class DraftCost:
         for k in range(1, self._max_drafts + 1):
             if known:
                 nearest = min(known, key=lambda other: abs(other - k))
-                measured_s = self._curves[nearest - 1].times_s()[num_sequences]
+                measured_s = self._curves[nearest - 1].time_s(num_sequences)
                 times_s[k] = measured_s * k / nearest
             else:
-                times_s[k] = GUESSED_RUN_SHARE * k * self._step.times_s()[num_sequences]
+                times_s[k] = GUESSED_RUN_SHARE * k * self._step.time_s(num_sequences)
         return times_s
 
 

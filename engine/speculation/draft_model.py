@@ -16,8 +16,7 @@ from engine.checkpoint.progress import Progress
 from engine.checkpoint.sources import resolve
 from engine.config import ConfigError, EngineConfig
 from engine.contents import Checkpoint, open_checkpoint
-from engine.context_plan import ContextPlan
-from engine.ledger import planned_weights_bytes
+from engine.ledger import DrafterMemory, planned_weights_bytes, step_bytes
 from engine.models.core_config import core_config
 from engine.models.weights import WeightPlan, load_weights, plan_weights
 from engine.tokenizer.protocol import Tokenizer
@@ -58,29 +57,28 @@ def read_draft_headers(config: EngineConfig, progress: Progress | None) -> Draft
     return _as_draft_option(read)
 
 
-def planned_bytes(
-    config: EngineConfig,
-    headers: DraftHeaders,
-    context: ContextPlan,
-    isa: str,
-    num_threads: int,
-) -> int:
-    """What the drafting model will allocate; see `Speculation.memory_bytes`.
-
-    Raises ConfigError where it was made for shorter texts than its target's.
-    """
-    spec = headers.checkpoint.spec
-    if spec.max_position < context.max_model_len:
+def check_length(config: EngineConfig, headers: DraftHeaders, max_model_len: int) -> None:
+    """Raise ConfigError where the model was made for shorter texts than its target's."""
+    longest = headers.checkpoint.spec.max_position
+    if longest < max_model_len:
         raise ConfigError(
-            f"{_OPTION} {config.draft_model}: was made for {spec.max_position} tokens; set "
-            f"--max-model-len {spec.max_position} or lower, or take another one"
+            f"{_OPTION} {config.draft_model}: was made for {longest} tokens; set "
+            f"--max-model-len {longest} or lower, or take another one"
         )
-    shape = core_config(spec)
-    max_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
-    return (
-        planned_weights_bytes(headers.weights, isa)
-        + context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype)
-        + fulcrum_core.activation_bytes(shape, isa, num_threads, config.max_step_tokens, max_blocks)
+
+
+def draft_model_memory(
+    config: EngineConfig, headers: DraftHeaders, isa: str, num_threads: int
+) -> DrafterMemory:
+    """What the drafting model will allocate; see `Speculation.memory_bytes`."""
+    shape = core_config(headers.checkpoint.spec)
+    weights_bytes = planned_weights_bytes(headers.weights, isa)
+    max_tokens = config.max_step_tokens
+    return DrafterMemory(
+        lambda length: (
+            weights_bytes + step_bytes(shape, isa, num_threads, max_tokens, max_model_len=length)
+        ),
+        lambda dtype: fulcrum_core.kv_block_bytes(shape, dtype),
     )
 
 

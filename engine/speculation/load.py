@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from engine.checkpoint.tensor import StoredTensor
 from engine.config import ConfigError, EngineConfig
-from engine.context_plan import ContextPlan
+from engine.ledger import DrafterMemory, step_bytes
 from engine.models.mtp import (
     MtpHead,
     find_head,
@@ -62,26 +62,26 @@ def load_speculation(
     )
 
 
-def planned_module_bytes(
+def module_memory(
     config: EngineConfig,
     spec: ModelSpec,
     tensors: Mapping[str, StoredTensor],
-    context: ContextPlan,
     isa: str,
     num_threads: int,
-) -> int:
+) -> DrafterMemory | None:
     """What a module will allocate, from headers alone; see `Speculation.memory_bytes`."""
     head = choose_head(config, spec, tensors)
     if head is None:
-        return 0
+        return None
     shape = module_config(spec, head)
     max_tokens = max(config.max_step_tokens, HIDDEN_WINDOW)
-    max_blocks = -(-context.max_model_len // fulcrum_core.BLOCK_SIZE)
-    return (
-        module_weights_bytes(head, spec, isa)
-        + context.num_kv_blocks * fulcrum_core.kv_block_bytes(shape, context.kv_dtype)
-        + fulcrum_core.activation_bytes(shape, isa, num_threads, max_tokens, max_blocks)
-        + hidden_states_bytes(config.max_sequences, spec.hidden_size, head.chains_normed)
+    own_bytes = module_weights_bytes(head, spec, isa)
+    own_bytes += hidden_states_bytes(config.max_sequences, spec.hidden_size, head.chains_normed)
+    return DrafterMemory(
+        lambda length: (
+            own_bytes + step_bytes(shape, isa, num_threads, max_tokens, max_model_len=length)
+        ),
+        lambda dtype: fulcrum_core.kv_block_bytes(shape, dtype),
     )
 
 

@@ -27,6 +27,7 @@ class Ask:
     indices: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     verified: set[int] = field(default_factory=set)
+    num_probed: int = 0  # of them, for the sake of knowing only
 
 
 class ModelDrafters:
@@ -48,21 +49,20 @@ class ModelDrafters:
         if self.current == name:
             self.current = next(iter(self.planners), None)
 
-    def assign(
-        self, step: StepDrafts, rate: float, probe_credit_s: float
-    ) -> tuple[list[Ask], float]:
-        """Decide whom to ask for what; `rate` is the tokens per second that are usual now.
-
-        Returns the calls, and how much of the credit for probes they use.
-        """
+    def assign(self, step: StepDrafts, rate: float, *, may_probe: bool) -> list[Ask]:
+        """Decide whom to ask for what; `rate` is the tokens per second that are usual now."""
         auto = step.with_drafter("auto")
         token_price = step.token_price(rate)
         asks: dict[str, Ask] = {}
         wanted_of: dict[str, list[int]] = {}
         for name, planner in self.planners.items():
             named = step.with_drafter(name)
-            wanted = wanted_of[name] = self._where_better(step, name, auto, rate, token_price)
-            if wanted or named:
+            is_due = planner.is_due(step.base_tokens)
+            wanted: list[int] = []
+            if is_due or (planner.depth and name == self.current):
+                wanted = self._where_better(step, name, auto, rate, token_price)
+            wanted_of[name] = wanted
+            if is_due and (wanted or named):
                 self._plan(planner, step, wanted + named, token_price)
             asks[name] = Ask(name)
             for index in named:
@@ -73,8 +73,9 @@ class ModelDrafters:
         current = self._choose_current()
         for index in wanted_of[current]:
             _add(asks[current], step, index, self.planners[current].depth)
-        used_s = self._probe(step, asks, probe_credit_s)
-        return [ask for ask in asks.values() if ask.indices], used_s
+        if may_probe:
+            self._probe(step, asks)
+        return [ask for ask in asks.values() if ask.indices]
 
     def _where_better(
         self, step: StepDrafts, name: str, auto: list[int], rate: float, token_price: float
@@ -94,8 +95,6 @@ class ModelDrafters:
     def _plan(
         self, planner: DepthPlanner, step: StepDrafts, asked: list[int], token_price: float
     ) -> None:
-        if not planner.is_due(step.base_tokens):
-            return
         others = step.survivals.copy()
         others[asked] = 0.0
         paying = others[others > token_price]
@@ -112,7 +111,7 @@ class ModelDrafters:
             self.current = best
         return self.current
 
-    def _probe(self, step: StepDrafts, asks: dict[str, Ask], credit_s: float) -> float:
+    def _probe(self, step: StepDrafts, asks: dict[str, Ask]) -> None:
         """Have some sequences drafted for at full depth where that is not done anyway.
 
         Mostly it is enough to see whether the next token would have been right. Every so often
@@ -124,20 +123,17 @@ class ModelDrafters:
             if name != self.current or planner.depth < planner.max_drafts
         ]
         if not idle:
-            return 0.0
+            return
         name = idle[self._num_probes % len(idle)]
         planner = self.planners[name]
         asking = step.with_drafter("auto") + step.with_drafter(name)
         if not asking:
             self._num_probes += 1
-            return 0.0
+            return
         count = min(PROBE_SEQUENCES, len(asking))
         is_verified = self._num_probes % VERIFY_EVERY == VERIFY_EVERY - 1
-        cost_s = float(planner.cost.times_s(count)[-1])
-        if is_verified:
-            cost_s += step.seconds(count * planner.max_drafts) - step.seconds(0)
-        if cost_s > credit_s:
-            return 0.0
+        # What verification takes is seen in a step that does nothing else.
+        is_verified = is_verified and step.is_decoding_only
         first = self._num_probes * PROBE_SEQUENCES
         self._num_probes += 1
         for offset in range(count):
@@ -149,7 +145,7 @@ class ModelDrafters:
             _add(asks[name], step, index, planner.max_drafts)
             if is_verified:
                 asks[name].verified.add(index)
-        return cost_s
+        asks[name].num_probed = min(count, len(asks[name].indices))
 
 
 def _add(ask: Ask, step: StepDrafts, index: int, depth: int) -> None:

@@ -46,6 +46,8 @@ def choose_counts(
     if width == 0:
         rate = base_emitted / float(times_s[num_forced])
         return Choice([0] * num_drafts, 0, base_emitted, rate, rate)
+    if num_drafts == 1:
+        return _choose_count(survivals[0].tolist(), base_emitted, times_s, num_forced, sunk_s)
     flat = survivals.ravel()
     # Stable: of equal survivals the earlier position comes first, and a draft's never rise.
     order = np.argsort(-flat, kind="stable")
@@ -66,6 +68,26 @@ def choose_counts(
         float(rates[best]),
         base_emitted / float(times_s[num_forced]),
     )
+
+
+def _choose_count(
+    survivals: list[float], base_emitted: float, times_s: FloatArray, num_forced: int, sunk_s: float
+) -> Choice:
+    """The same for one draft: on a few numbers, NumPy takes longer than the choice may."""
+    seconds = times_s[num_forced : num_forced + len(survivals) + 1].tolist()
+    base_rate = base_emitted / (seconds[0] + sunk_s)
+    best, best_emitted, best_rate = 0, base_emitted, base_rate
+    emitted = base_emitted
+    for count, (survival, step_s) in enumerate(zip(survivals, seconds[1:], strict=False), 1):
+        if survival == 0.0:
+            break
+        emitted += survival
+        rate = emitted / (step_s + sunk_s)
+        if rate > best_rate:
+            best, best_emitted, best_rate = count, emitted, rate
+    if best_rate <= (1.0 + MIN_GAIN) * base_rate:
+        best, best_emitted, best_rate = 0, base_emitted, base_rate
+    return Choice([best], best, best_emitted, best_rate, base_emitted / seconds[0])
 
 
 def rates_by_depth(
@@ -107,13 +129,10 @@ def rates_by_depth(
 def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:
     """Return the depth of the highest rate, or the current one unless that is clearly better.
 
-    Depth 0 is returned to without a margin, and left only for twice of it: where it is a close
-    call, a draft costs time for nothing.
+    Depth 0 is returned to without a margin: where it is a close call, a draft costs time for
+    nothing.
     """
     best = int(rates.argmax())
     current = min(current, len(rates) - 1)
-    if best == 0:
-        return 0
-    if current == 0:
-        margin *= 2.0
-    return best if rates[best] > (1.0 + margin) * rates[current] else current
+    is_better = best == 0 or rates[best] > (1.0 + margin) * rates[current]
+    return best if is_better else current

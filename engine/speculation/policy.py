@@ -15,6 +15,7 @@ from engine.speculation.costs import Costs
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
+from engine.speculation.speedup import SpeedupMeter
 from engine.speculation.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
 # Under load, after so many steps in which nothing paid, only every fourth step is looked at.
 REST_AFTER = 32
-REST_TOKENS = 8
+REST_TOKENS = 4
 LOOK_EVERY = 4
 SPEEDUP_MEMORY = 16.0  # steps
 
@@ -57,11 +58,13 @@ class SpeculationPolicy:
         self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
         self._verified: dict[int, Draft] = {}  # of that, what goes into it
         self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
+        self._unpaid_plain_s: float | None = None  # what a step with a probe would have taken
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._num_calls = 0
-        # Of the coming step: seconds of a token without drafts, of drafting, and tokens emitted.
-        self._plain_s = self._draft_s = 0.0
-        self._num_emitted = 0
+        self.meter = SpeedupMeter()
+        # Of the coming step: seconds of drafting, sequences, and tokens drafted and emitted.
+        self._draft_s = 0.0
+        self._num_sequences = self._num_drafted = self._num_emitted = 0
         self._num_resting = 0  # steps in a row in which nothing paid
         self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
 
@@ -78,7 +81,8 @@ class SpeculationPolicy:
 
     def _draft(self, candidates: list[Candidate], num_other_tokens: int) -> list[Draft]:
         self._num_calls += 1
-        self._num_emitted = 0
+        self._num_sequences, self._num_drafted, self._num_emitted = len(candidates), 0, 0
+        self._unpaid_plain_s = None
         self._pending.clear()
         self._verified.clear()
         if self._num_calls % FORGET_EVERY == 0:
@@ -87,8 +91,9 @@ class SpeculationPolicy:
                 acceptance.keep_only(seq_ids)
         times_s = self.costs.step.times_s()
         step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
-        self._plain_s = step.seconds(0) / max(1, len(candidates))
         if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
+            return step.drafts
+        if not num_other_tokens and self._is_plain_due(candidates):
             return step.drafts
         for drafter in tuple(self._free):
             indices = step.with_drafter("auto") + step.with_drafter(drafter.name)
@@ -96,9 +101,7 @@ class SpeculationPolicy:
             self._ask(step, Ask(drafter.name, indices, depths))
         if self.models.planners:
             rate = max(self._speedup, 1.0) * step.plain_rate
-            asks, used_s = self.models.assign(step, rate, self._probe_credit_s)
-            self._probe_credit_s -= used_s
-            for ask in asks:
+            for ask in self.models.assign(step, rate, may_probe=self._probe_credit_s > 0.0):
                 self._ask(step, ask)
         return self._choose(step)
 
@@ -117,15 +120,26 @@ class SpeculationPolicy:
                 num_accepted = min(num_matched, num_verified)
                 self.tally.count_draft(draft.drafter, num_verified, num_accepted)
         self.tally.count_sequence(num_verified, len(emitted_ids))
+        self._num_drafted += num_verified
         self._num_emitted += len(emitted_ids)
         return num_accepted
 
     def observe_step(self, num_step_tokens: int, step_s: float) -> None:
         """Learn from the time of a step, that of `draft` not included."""
-        self.tally.count_time(self._num_emitted * self._plain_s, step_s + self._draft_s)
+        self.meter.observe(
+            self._num_sequences, self._num_drafted, self._num_emitted, self._draft_s, step_s
+        )
         self.costs.step.observe(num_step_tokens, step_s)
+        if self._unpaid_plain_s is not None:
+            self._pay_for_probe(step_s - self._unpaid_plain_s)
         credit_s = self._probe_credit_s + PROBE_TIME_SHARE * step_s
         self._probe_credit_s = min(credit_s, MAX_PROBE_CREDIT_S)
+
+    def _pay_for_probe(self, spent_s: float) -> None:
+        """Charge what a probe took, not what it was expected to: that may be far too much, and
+        probes are what shows it."""
+        credit_s = self._probe_credit_s - max(0.0, spent_s)
+        self._probe_credit_s = max(credit_s, -MAX_PROBE_CREDIT_S)
 
     def _ask(self, step: StepDrafts, ask: Ask) -> None:
         """Ask a drafter and put its drafts into the step, over those that are there."""
@@ -141,6 +155,10 @@ class SpeculationPolicy:
             return
         draft_s = self._clock() - began_s
         step.sunk_s += draft_s
+        if ask.num_probed:
+            self._pay_for_probe(draft_s * ask.num_probed / len(ask.indices))
+            if ask.verified:
+                self._unpaid_plain_s = step.seconds(0)
         planner = self.models.planners.get(ask.name)
         if not any(draft.token_ids for draft in drafts):
             return  # it may have caught up with a prompt, which is not what a draft costs
@@ -205,10 +223,13 @@ class SpeculationPolicy:
         count = min(FREE_PROBE_DRAFTS, len(step.drafts[index].token_ids))
         if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
             return
-        cost_s = step.seconds(count) - step.seconds(0)
-        if cost_s <= self._probe_credit_s:
-            self._probe_credit_s -= cost_s
+        if self._probe_credit_s > 0.0 and step.is_decoding_only:
+            self._unpaid_plain_s = step.seconds(0)
             counts[index] = count
+
+    def _is_plain_due(self, candidates: list[Candidate]) -> bool:
+        is_due = self.meter.is_plain_due(len(candidates))
+        return is_due and all(candidate.num_drafts is None for candidate in candidates)
 
     def _remember(self, step: StepDrafts, choice: Choice) -> None:
         self.last_choice = choice

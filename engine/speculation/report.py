@@ -33,7 +33,7 @@ class SpeculationReport(msgspec.Struct, frozen=True, kw_only=True):
     expected_tokens_per_s: float
     expected_plain_tokens_per_s: float  # without drafts
     estimated_speedup: float  # recent mean of their quotient
-    measured_speedup: float  # recent: time without drafts, by the time that was really taken
+    measured_speedup: float  # recent steps against those without drafts for as many sequences
     tokens_per_step: float  # measured, for each sequence, recent mean
     depth_histogram: tuple[int, ...]  # sequences' steps by drafted tokens verified, from 0 on
     step_s: tuple[tuple[int, float], ...]  # (tokens, seconds)
@@ -57,7 +57,7 @@ def report(policy: SpeculationPolicy) -> SpeculationReport:
         expected_tokens_per_s=choice.expected_rate if choice else 0.0,
         expected_plain_tokens_per_s=choice.plain_rate if choice else 0.0,
         estimated_speedup=tally.estimated_speedup,
-        measured_speedup=tally.measured_speedup,
+        measured_speedup=policy.meter.speedup(),
         tokens_per_step=tally.tokens_per_step,
         depth_histogram=tuple(tally.depth_histogram),
         step_s=tuple(policy.costs.step.points()),

@@ -27,12 +27,6 @@ class Tally:
         self.depth_histogram = [0] * (max(max_drafts.values(), default=0) + 1)
         self.tokens_per_step = 1.0  # emitted for a sequence, recent mean
         self.estimated_speedup = 1.0  # against no drafts, recent mean
-        self._plain_s = self._spent_s = 0.0  # recent sums
-
-    @property
-    def measured_speedup(self) -> float:
-        """What recent steps would have taken without drafts by what they and the drafting took."""
-        return self._plain_s / self._spent_s if self._spent_s else 1.0
 
     def count_draft(self, name: str, num_verified: int, num_accepted: int) -> None:
         """Count what was verified of one draft."""
@@ -53,9 +47,3 @@ class Tally:
     def estimate(self, speedup: float) -> None:
         """Take in what the choice for a step promised against no drafts."""
         self.estimated_speedup += (speedup - self.estimated_speedup) / RECENT_STEPS
-
-    def count_time(self, plain_s: float, spent_s: float) -> None:
-        """Take in a step: what its tokens would have taken without drafts, and what they took."""
-        keep = 1.0 - 1.0 / RECENT_STEPS
-        self._plain_s = self._plain_s * keep + plain_s
-        self._spent_s = self._spent_s * keep + spent_s

@@ -9,20 +9,20 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from engine.machine import (
     available_memory_bytes,
-    cgroup_folders,
-    cpu_quota_cores,
+    cpu_quota,
     total_memory_bytes,
 )
 from server.telemetry.samples import DeviceSample
 
 T = TypeVar("T")
 
-_MICRO = 1e-6
+_MICRO, _NANO = 1e-6, 1e-9
 _LIMITS_INTERVAL_S = 10.0  # those of control groups change rarely
 # A machine that is short of something for a moment has its sensors still.
 _PASSING_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN)
@@ -32,31 +32,32 @@ class HostReader:
     """`root` is where the kernel's files are found; tests give their own."""
 
     def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
         self._proc = root / "proc"
         self._sys = root / "sys"
         self._unavailable: dict[str, str] = {}
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._last_busy: tuple[float, float] | None = None
-        self._last_throttled: tuple[float, float] | None = None
+        self._last_quota_s: tuple[Path, float, float] | None = None
         self._rapl_wraps_j = 0.0
         self._last_rapl_j: float | None = None
-        self._cpu_stat = self._find_cpu_stat()
         self._read_limits_at_s = 0.0
         self._memory_total_bytes: int | None = None
-        self._cpu_quota_cores: float | None = None
+        self._cpu_quota: tuple[float, Path] | None = None
 
     def read(self) -> DeviceSample:
         now_s = time.monotonic()
         if now_s >= self._read_limits_at_s:
             self._read_limits_at_s = now_s + _LIMITS_INTERVAL_S
-            self._memory_total_bytes = self._ask("total memory", total_memory_bytes)
-            self._cpu_quota_cores = cpu_quota_cores()
-        available = self._ask("available memory", available_memory_bytes)
+            self._memory_total_bytes = self._ask(
+                "total memory", lambda: total_memory_bytes(self._root)
+            )
+            self._cpu_quota = cpu_quota(self._root)
+        available = self._ask("available memory", lambda: available_memory_bytes(self._root))
         total = self._memory_total_bytes
-        resident = self._ask("resident memory", self._resident_bytes)
+        own = self._ask("own memory", self._own_bytes)
         used = None if total is None or available is None else max(0, total - available)
-        others = None if used is None or resident is None else max(0, used - resident)
-        throttled = self._ask("CPU quota", lambda: self._throttled_share(now_s))
+        others = None if used is None or own is None else max(0, used - own)
         return DeviceSample(
             kind="host",
             name=platform.machine(),
@@ -69,8 +70,8 @@ class HostReader:
             max_clock_mhz=self._ask("CPU frequency limit", self._max_frequency_mhz),
             temperature_c=self._ask("CPU temperature", self._temperature_c),
             energy_j=self._ask("RAPL energy", self._energy_j),
-            cpu_quota_cores=self._cpu_quota_cores,
-            cpu_quota_throttled=throttled,
+            cpu_quota_cores=None if self._cpu_quota is None else self._cpu_quota[0],
+            cpu_quota_throttled=self._ask("CPU quota", self._withheld_share),
             pressure=self._pressure(),
             unavailable=dict(self._unavailable),
         )
@@ -86,12 +87,14 @@ class HostReader:
             if error.errno in _PASSING_ERRORS:
                 return None
             self._unavailable[sensor] = "not on this machine"
-        except (ValueError, IndexError, StopIteration):
+        except (ValueError, LookupError, StopIteration):
             self._unavailable[sensor] = "not on this machine"
         return None
 
-    def _resident_bytes(self) -> int:
-        return int((self._proc / "self/statm").read_text().split()[1]) * self._page_bytes
+    def _own_bytes(self) -> int:
+        """Of this process; without pages of files, which count as available."""
+        _, resident, shared, *_ = (self._proc / "self/statm").read_text().split()
+        return (int(resident) - int(shared)) * self._page_bytes
 
     def _busy_share(self) -> float | None:
         fields = [
@@ -103,31 +106,34 @@ class HostReader:
             return None
         return min(1.0, max(0.0, 1.0 - (idle - last[1]) / (total - last[0])))
 
-    def _find_cpu_stat(self) -> Path | None:
-        files = (folder / "cpu.stat" for folder in cgroup_folders("cpu"))
-        return next((file for file in files if file.exists()), None)
+    def _withheld_share(self) -> float | None:
+        """Share of the CPU time which the control group wanted that its quota withheld.
 
-    def _throttled_share(self, now_s: float) -> float | None:
-        """Share of the time in which the control group's quota kept us waiting."""
-        if self._cpu_stat is None:
-            raise OSError
-        fields = dict(line.split() for line in self._cpu_stat.read_text().splitlines())
-        if "throttled_usec" in fields:
-            waited_s = int(fields["throttled_usec"]) * _MICRO
-        else:
-            waited_s = int(fields.get("throttled_time", 0)) * 1e-9
-        last, self._last_throttled = self._last_throttled, (now_s, waited_s)
-        if last is None or now_s <= last[0]:
+        Both times are sums over CPUs, so that neither alone is a share of anything.
+        """
+        if self._cpu_quota is None:
             return None
-        # Each waiting thread counts, so the sum may exceed the time.
-        return min(1.0, max(0.0, (waited_s - last[1]) / (now_s - last[0])))
+        folder = self._cpu_quota[1]
+        fields = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+        if "throttled_usec" in fields:
+            withheld_s = int(fields["throttled_usec"]) * _MICRO
+            used_s = int(fields["usage_usec"]) * _MICRO
+        else:
+            withheld_s = int(fields["throttled_time"]) * _NANO
+            used_s = int((folder / "cpuacct.usage").read_text()) * _NANO
+        last, self._last_quota_s = self._last_quota_s, (folder, used_s, withheld_s)
+        if last is None or last[0] != folder:
+            return None
+        used_s, withheld_s = max(0.0, used_s - last[1]), max(0.0, withheld_s - last[2])
+        return withheld_s / (used_s + withheld_s) if withheld_s else 0.0
 
     def _frequency_mhz(self) -> float:
         scaling = self._sys / "devices/system/cpu/cpu0/cpufreq/scaling_cur_freq"
         if scaling.exists():
             return int(scaling.read_text()) / 1000
-        lines = (self._proc / "cpuinfo").read_text().splitlines()
-        return float(next(line.split(":")[1] for line in lines if line.startswith("cpu MHz")))
+        # The first CPU's; on a machine of many the kernel takes long to write of all.
+        with (self._proc / "cpuinfo").open() as file:
+            return float(next(line.split(":")[1] for line in file if line.startswith("cpu MHz")))
 
     def _max_frequency_mhz(self) -> float:
         return (
@@ -151,8 +157,13 @@ class HostReader:
         """PSI of the last 10 s as shares of the time, the machine's own."""
         shares: dict[str, float] = {}
         for resource in ("cpu", "memory", "io"):
-            text = self._ask(f"{resource} pressure", (self._proc / "pressure" / resource).read_text)
-            for line in (text or "").splitlines():
-                kind, average, *_ = line.split()
-                shares[f"{resource} {kind}"] = float(average.removeprefix("avg10=")) / 100
+            read = partial(self._resource_pressure, resource)
+            shares |= self._ask(f"{resource} pressure", read) or {}
+        return shares
+
+    def _resource_pressure(self, resource: str) -> dict[str, float]:
+        shares = {}
+        for line in (self._proc / "pressure" / resource).read_text().splitlines():
+            kind, average, *_ = line.split()
+            shares[f"{resource} {kind}"] = float(average.removeprefix("avg10=")) / 100
         return shares

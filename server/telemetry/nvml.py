@@ -4,6 +4,7 @@ Every call may be missing from the driver, unsupported by the device or refused 
 then lacks that sensor and says why; only a device that cannot be used at all is a fault.
 """
 
+import logging
 import os
 import time
 from collections import deque
@@ -13,6 +14,8 @@ from typing import Any, TypeVar
 import pynvml
 
 from server.telemetry.samples import DeviceSample, Xid
+
+logger = logging.getLogger("fulcrum")
 
 T = TypeVar("T")
 
@@ -42,7 +45,11 @@ class NoDevice(Exception):
 
 
 class NvmlReader:
-    """`visible` is CUDA_VISIBLE_DEVICES: its first index, GPU or MIG UUID is what is read."""
+    """`visible` is CUDA_VISIBLE_DEVICES: its first index, GPU or MIG UUID is what is read.
+
+    None is the first GPU; an empty list, or one that begins with something else, leaves no GPU, as
+    with CUDA. Indexes are in the order of the PCI bus.
+    """
 
     def __init__(self, visible: str | None = None) -> None:
         self._unavailable: dict[str, str] = {}
@@ -54,8 +61,8 @@ class NvmlReader:
             raise NoDevice(str(error)) from None
         try:
             self.device = _find_device(visible)
-        except pynvml.NVMLError as error:
-            pynvml.nvmlShutdown()
+        except (pynvml.NVMLError, NoDevice) as error:
+            self.close()
             raise NoDevice(str(error)) from None
         # A MIG device has memory and processes of its own; all else is the whole GPU's.
         parent = self._ask(
@@ -67,22 +74,24 @@ class NvmlReader:
         self._name = name or "NVIDIA device"
 
     def close(self) -> None:
-        pynvml.nvmlShutdown()
+        try:
+            pynvml.nvmlShutdown()
+        except pynvml.NVMLError as error:
+            logger.warning("NVML was not shut down: %s", error)
 
     def add_xid(self, code: int) -> None:
         """Called by the thread that waits for events; shows in the next sample."""
         self._xids.append(Xid(code, time.monotonic()))
 
     def tell_unavailable(self, sensor: str, why: str) -> None:
+        """Of a sensor that others read for it."""
         self._unavailable[sensor] = why
 
     def read(self) -> DeviceSample:
         self._fault = None
         ask, gpu = self._ask, self.gpu
         memory = self._memory()
-        processes = ask(
-            "processes", lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(self.device)
-        )
+        processes = ask("processes", lambda: _processes(self.device))
         utilization = ask("utilization", lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu))
         sm_clock = pynvml.NVML_CLOCK_SM
         reasons = ask("throttle reasons", lambda: _throttle_reasons(gpu)) or 0
@@ -139,11 +148,13 @@ class NvmlReader:
 
 
 def _find_device(visible: str | None) -> Any:
-    first = (visible or "0").split(",")[0].strip()
-    if first.startswith(("GPU-", "MIG-")):
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    if first.startswith("MIG-"):
         return pynvml.nvmlDeviceGetHandleByUUID(first.encode())
-    if not first.isdigit():
-        raise NoDevice(f"CUDA_VISIBLE_DEVICES={visible} names none")
+    if first.startswith("GPU-"):
+        return _find_gpu(first)
+    if not (first.isascii() and first.isdigit()):
+        raise NoDevice(f"CUDA_VISIBLE_DEVICES='{visible}' names none")
     device = pynvml.nvmlDeviceGetHandleByIndex(int(first))
     try:
         is_split = pynvml.nvmlDeviceGetMigMode(device)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
@@ -158,9 +169,28 @@ def _find_device(visible: str | None) -> Any:
     return device
 
 
-def _others_bytes(processes: list[Any]) -> int:
+def _find_gpu(uuid: str) -> Any:
+    """By its UUID, whose beginning is enough, as with CUDA."""
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
+        if str(pynvml.nvmlDeviceGetUUID(gpu)).startswith(uuid):
+            return gpu
+    raise NoDevice(f"there is no {uuid}")
+
+
+def _processes(device: Any) -> list[Any]:
+    # By their numbers: the binding's name without one hides that a driver lacks it.
+    try:
+        return list(pynvml.nvmlDeviceGetComputeRunningProcesses_v3(device))
+    except pynvml.NVMLError_FunctionNotFound:  # before driver 510
+        return list(pynvml.nvmlDeviceGetComputeRunningProcesses_v2(device))
+
+
+def _others_bytes(processes: list[Any]) -> int | None:
+    """Of other processes; None where the driver keeps one's to itself."""
     own = os.getpid()
-    return sum(process.usedGpuMemory or 0 for process in processes if process.pid != own)
+    others = [process.usedGpuMemory for process in processes if process.pid != own]
+    return None if None in others else sum(others)
 
 
 def _throttle_reasons(gpu: Any) -> int:

@@ -1,21 +1,21 @@
-"""Reads the sensors twice a second on a thread of its own and keeps the latest samples.
+"""Reads the sensors twice a second and keeps the latest samples: a thread for the host, another
+for the GPU, whose driver may hang without making the host's samples old.
 
-The event loop reads `latest` and never waits for a sensor: a driver that hangs makes the samples
-old, and admission then does without them.
+The event loop reads `latest` and never waits for a sensor. Where the device that decides is
+silent, admission does without it.
 """
 
 import logging
-import os
 import threading
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import msgspec
 
+from server.telemetry.gpu import Gpu
 from server.telemetry.host import HostReader
-from server.telemetry.nvml import NoDevice, NvmlReader
 from server.telemetry.samples import DeviceSample
-from server.telemetry.xid import XidThread
 
 logger = logging.getLogger("fulcrum")
 
@@ -25,7 +25,7 @@ TelemetryMode = Literal["auto", "host", "gpu", "off"]
 
 INTERVAL_S = 0.5
 STALE_S = 3.0  # older samples count as none
-_REOPEN_S = 2.0  # between two attempts to find a device that is gone
+_JOIN_S = 2.0
 
 
 class Readings(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +34,13 @@ class Readings(msgspec.Struct, frozen=True, kw_only=True):
     host: DeviceSample | None = None
     gpu: DeviceSample | None = None
     why_no_gpu: str | None = None
-    num_samples: int = 0
-    cpu_s: float = 0.0  # that reading has cost so far
+    num_samples: int = 0  # of the device that decides
+    host_cpu_s: float = 0.0  # that reading has cost so far
+    gpu_cpu_s: float = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        return self.host_cpu_s + self.gpu_cpu_s
 
 
 class Poller:
@@ -46,13 +51,12 @@ class Poller:
         self._mode = mode
         self._interval_s = interval_s
         self._host = HostReader()
-        self._nvml: NvmlReader | None = None
-        self._xids: XidThread | None = None
+        self._gpu = Gpu()
         self._started_s = 0.0
-        self._reopen_at_s = 0.0
-        self._had_gpu = False
+        self._gpu_answered_s = 0.0
+        self._lock = threading.Lock()  # of two threads that replace `latest`
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._threads: list[threading.Thread] = []
 
     @property
     def source(self) -> str:
@@ -60,21 +64,28 @@ class Poller:
         return "host" if self._mode == "auto" else self._mode
 
     def start(self) -> None:
-        self._started_s = time.monotonic()
-        if self._mode != "off":
-            self._thread.start()
+        self._started_s = self._gpu_answered_s = time.monotonic()
+        if self._mode == "off":
+            return
+        self._start_thread("telemetry", self._read_host)
+        if self._mode != "host":
+            self._start_thread("gpu telemetry", self._read_gpu, self._gpu.close)
 
     def stop(self) -> None:
         self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join(2.0)  # a driver that hangs is left behind
+        ends_s = time.monotonic() + _JOIN_S
+        for thread in self._threads:
+            # A driver that hangs is left behind.
+            thread.join(max(0.0, ends_s - time.monotonic()))
+
+    def fresh(self, now_s: float) -> list[DeviceSample]:
+        """The samples that are not too old to be relied on."""
+        samples = (self.latest.host, self.latest.gpu)
+        return [one for one in samples if one is not None and now_s - one.taken_at_s <= STALE_S]
 
     def sample(self, now_s: float) -> DeviceSample | None:
         """The fresh sample of the device that decides, or None."""
-        sample = self.latest.gpu if self._mode == "gpu" else self.latest.host
-        if self._mode == "off" or sample is None or now_s - sample.taken_at_s > STALE_S:
-            return None
-        return sample
+        return next((one for one in self.fresh(now_s) if one.kind == self.source), None)
 
     def is_blind(self, now_s: float) -> bool:
         """Whether samples are missing that there should be."""
@@ -83,66 +94,46 @@ class Poller:
         return self.sample(now_s) is None
 
     def unavailable(self, now_s: float) -> dict[str, str]:
-        """What of the deciding device cannot be sensed, and why."""
+        """What of the deciding device cannot be sensed, and why; and a GPU that hangs."""
         sample = self.sample(now_s)
-        if sample is not None:
-            return sample.unavailable
-        if not self.is_blind(now_s):
-            return {}
-        why = self.latest.why_no_gpu if self._mode == "gpu" else None
-        return {self.source: why or "no fresh sample"}
+        missing = {} if sample is None else dict(sample.unavailable)
+        if self.is_blind(now_s):
+            why = self.latest.why_no_gpu if self._mode == "gpu" else None
+            missing[self.source] = why or "no fresh sample"
+        silent_s = now_s - self._gpu_answered_s
+        if self._mode in ("auto", "gpu") and silent_s > STALE_S:
+            missing["gpu"] = f"its driver has not answered for {silent_s:.0f} s"
+        return missing
 
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            try:
-                self._read()
-            except Exception:
-                logger.exception("a reading of the sensors failed")
-            self._stopping.wait(self._interval_s)
-        self._close_gpu()
+    def _start_thread(
+        self, name: str, read: Callable[[], None], close: Callable[[], None] = lambda: None
+    ) -> None:
+        def run() -> None:
+            told = ""
+            while not self._stopping.is_set():
+                try:
+                    read()
+                except Exception as error:
+                    if repr(error) != told:  # twice a second would fill a disk
+                        logger.exception("a reading of the sensors failed")
+                    told = repr(error)
+                self._stopping.wait(self._interval_s)
+            close()
 
-    def _read(self) -> None:
-        before = self.latest
-        gpu, why = self._read_gpu()
-        self.latest = Readings(
-            host=self._host.read(),
-            gpu=gpu,
-            why_no_gpu=why,
-            num_samples=before.num_samples + 1,
-            cpu_s=time.thread_time(),
-        )
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
-    def _read_gpu(self) -> tuple[DeviceSample | None, str | None]:
-        if self._mode == "host":
-            return None, None
-        if self._nvml is None:
-            if time.monotonic() < self._reopen_at_s:
-                return self.latest.gpu, self.latest.why_no_gpu
-            self._reopen_at_s = time.monotonic() + _REOPEN_S
-            try:
-                self._nvml = NvmlReader(os.environ.get("CUDA_VISIBLE_DEVICES"))
-            except NoDevice as absent:
-                return self._absent(str(absent))
-            self._had_gpu = True
-            self._xids = XidThread(self._nvml)
-            self._xids.start()
-        sample = self._nvml.read()
-        if sample.fault is not None:
-            # Handles of a lost device stay dead: look for it anew, as after a reset.
-            self._close_gpu()
-            self._reopen_at_s = time.monotonic() + _REOPEN_S
-        return sample, None
+    def _read_host(self) -> None:
+        self._publish(host=self._host.read(), host_cpu_s=time.thread_time())
 
-    def _absent(self, why: str) -> tuple[DeviceSample | None, str | None]:
-        if not self._had_gpu:
-            return None, why
-        now_s = time.monotonic()
-        return DeviceSample(kind="gpu", name="NVIDIA device", taken_at_s=now_s, fault="lost"), why
+    def _read_gpu(self) -> None:
+        gpu, why = self._gpu.read()
+        self._gpu_answered_s = time.monotonic()
+        self._publish(gpu=gpu, why_no_gpu=why, gpu_cpu_s=time.thread_time())
 
-    def _close_gpu(self) -> None:
-        if self._xids is not None:
-            self._xids.stop()
-            self._xids = None
-        if self._nvml is not None:
-            self._nvml.close()
-            self._nvml = None
+    def _publish(self, **changes: Any) -> None:
+        with self._lock:
+            before = self.latest
+            num_samples = before.num_samples + (self.source in changes)
+            self.latest = msgspec.structs.replace(before, num_samples=num_samples, **changes)

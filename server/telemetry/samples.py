@@ -40,7 +40,7 @@ class DeviceSample(msgspec.Struct, frozen=True, kw_only=True):
     xids: tuple[Xid, ...] = ()  # the latest ones, oldest first
     fault: str | None = None  # the device cannot be used: "lost", "reset required"
     cpu_quota_cores: float | None = None
-    cpu_quota_throttled: float | None = None  # share of the time since the last sample
+    cpu_quota_throttled: float | None = None  # share of the CPU time wanted since the last sample
     pressure: dict[str, float] = {}  # PSI, share of the last 10 s: "memory full", "cpu some", ...
     unavailable: dict[str, str] = {}  # sensor → why it says nothing
 

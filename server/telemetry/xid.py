@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 
 import pynvml
 
@@ -10,6 +11,7 @@ from server.telemetry.nvml import NvmlReader
 logger = logging.getLogger("fulcrum")
 
 _WAIT_MS = 500  # then it looks whether it should end
+_HANG_S = 3.0
 _SENSOR = "XID events"
 
 
@@ -19,33 +21,38 @@ class XidThread:
     def __init__(self, reader: NvmlReader) -> None:
         self._reader = reader
         self._stopping = threading.Event()
+        self._waits_since_s = 0.0
         self._thread = threading.Thread(target=self._run, name="xid", daemon=True)
 
     def start(self) -> None:
+        self._waits_since_s = time.monotonic()
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
+        """End it; false where the driver keeps it in a call."""
         self._stopping.set()
         self._thread.join(2 * _WAIT_MS / 1000)
+        return not self._thread.is_alive()
+
+    def hangs(self) -> bool:
+        return self._thread.is_alive() and time.monotonic() - self._waits_since_s > _HANG_S
 
     def _run(self) -> None:
         try:
             events = pynvml.nvmlEventSetCreate()
+            try:
+                pynvml.nvmlDeviceRegisterEvents(
+                    self._reader.gpu, pynvml.nvmlEventTypeXidCriticalError, events
+                )
+                while not self._stopping.is_set():
+                    self._wait(events)
+            finally:
+                pynvml.nvmlEventSetFree(events)
         except pynvml.NVMLError as error:
             self._reader.tell_unavailable(_SENSOR, str(error))
-            return
-        try:
-            pynvml.nvmlDeviceRegisterEvents(
-                self._reader.gpu, pynvml.nvmlEventTypeXidCriticalError, events
-            )
-            while not self._stopping.is_set():
-                self._wait(events)
-        except pynvml.NVMLError as error:
-            self._reader.tell_unavailable(_SENSOR, str(error))
-        finally:
-            pynvml.nvmlEventSetFree(events)
 
     def _wait(self, events: object) -> None:
+        self._waits_since_s = time.monotonic()
         try:
             event = pynvml.nvmlEventSetWait(events, _WAIT_MS)
         except pynvml.NVMLError_Timeout:

@@ -20,9 +20,9 @@ def digests_of(token_ids: list[int]) -> list[bytes]:
 class BlockManagerMachine(RuleBasedStateMachine):
     """Sequences come with random text of a tiny alphabet, share what they find, and leave."""
 
-    @initialize(num_blocks=st.integers(1, 12))
-    def create(self, num_blocks: int) -> None:
-        self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
+    @initialize(num_blocks=st.integers(1, 12), num_kept_blocks=st.integers(1, 12))
+    def create(self, num_blocks: int, num_kept_blocks: int) -> None:
+        self.blocks = BlockManager(num_blocks, BLOCK_SIZE, num_kept_blocks)
         self.held: list[tuple[list[int], list[int]]] = []  # (token_ids, block_ids)
         self.text_of: dict[int, tuple[int, ...]] = {}  # what a published block was computed for
 
@@ -127,3 +127,19 @@ def test_integrity_check_sees_a_lost_holder() -> None:
         blocks.check_integrity([])
     with pytest.raises(AssertionError, match="holders"):
         blocks.check_integrity([block_ids, block_ids])
+
+
+def test_text_that_nobody_holds_goes_before_memory_is_taken_beyond_what_it_may_keep() -> None:
+    blocks = BlockManager(8, BLOCK_SIZE, num_kept_blocks=3)
+    digests = digests_of([0, 0, 0, 0, 0, 0])
+    held = blocks.allocate(3)
+    for block_id, digest in zip(held, digests, strict=True):
+        blocks.publish(block_id, digest)
+    blocks.release(held)
+    assert blocks.num_free == 8
+    assert set(blocks.allocate(2)) == set(held[1:])  # used before, the end of the text first
+    assert blocks.find_prefix(digests, 3) == held[:1]
+    assert blocks.allocate(1) == held[:1]
+    # Those who run get all there is.
+    assert set(blocks.allocate(5)) == set(range(8)) - set(held)
+    assert blocks.num_free == 0

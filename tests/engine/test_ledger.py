@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.batch import Batch
@@ -67,6 +68,26 @@ def test_what_the_drafters_allocate_is_planned_too(default_model_path: Path) -> 
     engine = Engine(loaded.core, deployment.engine_settings, lambda _: None, loaded.speculation)
     assert planned.draft_bytes == deployment.measured().draft_bytes > 10e6
     engine.stop(0.0)
+
+
+def test_what_drafters_take_is_not_given_to_the_kv_cache(default_model_path: Path) -> None:
+    available = 400 << 20
+    auto = EngineConfig(model=str(default_model_path), speculation="auto", max_model_len=1024)
+    off = msgspec.structs.replace(auto, speculation="off")
+    headers = read_headers(auto)
+    plans = [plan_headers(config, headers, available) for config in (auto, off)]
+    blocks = [plan.context.num_kv_blocks for plan in plans]
+    # The module, and its layer of keys and values beside thirty.
+    assert 0.7 * blocks[1] < blocks[0] < blocks[1]
+    # All that `off` leaves: with the drafters it is too much, and they are named.
+    ledger = plans[1].ledger
+    left = available - ledger.weights_bytes - ledger.activation_bytes
+    full, given = (msgspec.structs.replace(config, kv_memory_bytes=left) for config in (off, auto))
+    plan_headers(full, headers, available)
+    with pytest.raises(ConfigError, match="drafters"):
+        plan_headers(given, headers, available)
+    with pytest.raises(ConfigError, match=r"of drafters are [\d.]+ MiB more than"):
+        plan_headers(auto, headers, available - left + (5 << 20))
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(

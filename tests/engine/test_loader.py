@@ -162,9 +162,18 @@ def test_a_loaded_model_says_what_it_is(folder: Path) -> None:
     assert (loaded.max_model_len, loaded.max_model_len_reason) == (512, "the model's own")
     assert loaded.num_kv_blocks * loaded.core.block_size == 2 * 512
     assert loaded.num_blocks_reason == "2 sequences of full length"
+    assert loaded.num_kept_blocks == loaded.num_kv_blocks
     assert loaded.formats == "int4 (0), int8 (16), bf16 (0)"
     assert loaded.weights_bytes > 0
     assert loaded.num_threads == 1
+
+
+def test_text_of_ended_requests_keeps_what_it_is_given(folder: Path) -> None:
+    block_bytes = _load(folder).core.kv_bytes_per_block
+    given = _load(folder, kv_memory_bytes=64 * block_bytes)
+    assert given.num_kept_blocks == given.num_kv_blocks == 64
+    less = _load(folder, kv_memory_bytes=64 * block_bytes, prefix_cache_bytes=8 * block_bytes)
+    assert (less.num_kept_blocks, less.num_kv_blocks) == (8, 64)
 
 
 def test_generation_config_gives_defaults_and_more_ends(broken: Path) -> None:

@@ -142,6 +142,34 @@ def test_each_step_makes_one_report_with_all_its_events(make_client: MakeClient)
     assert len(client.core.step_sizes) == 3
 
 
+def test_reports_tell_prompts_and_next_tokens_apart(make_client: MakeClient) -> None:
+    client = make_client(start=False)
+    client.submit(*range(1, 10), max_tokens=1, ignore_eos=True)  # ends as its prompt is computed
+    client.submit(1, max_tokens=3, ignore_eos=True)
+    client.engine.start()
+    client.wait_all()
+    counts = [(r.num_prompt_tokens, r.num_decoding, r.num_emitted) for r in client.reports]
+    assert counts == [(10, 0, 0), (0, 1, 1), (0, 1, 1)]
+
+
+def test_a_preempted_sequence_that_is_computed_again_does_not_decode(
+    make_client: MakeClient,
+) -> None:
+    client = make_client(num_blocks=14, start=False)
+    for index in range(3):
+        client.submit(index + 1, 2, 3, max_tokens=30, ignore_eos=True)
+    client.engine.start()
+    client.wait_all()
+    assert client.reports[-1].load.num_preemptions
+    for report in client.reports:
+        assert report.num_decoding <= report.load.num_running + len(report.events)
+        assert report.num_emitted == report.num_decoding
+    # What is decoded, plus what ends a computation from the beginning, is every token.
+    num_decoded = sum(report.num_decoding for report in client.reports)
+    num_restarts = client.reports[-1].load.num_preemptions
+    assert 90 - 3 - num_restarts <= num_decoded <= 90 - 3
+
+
 def test_reports_come_from_the_engine_thread(make_client: MakeClient) -> None:
     client = make_client(start=False)
     threads: set[str] = set()

@@ -125,6 +125,7 @@ class FakeEngine:
         self.submits: list[Submit] = []
         self.aborted: list[int] = []
         self.num_cached_tokens = 0
+        self.step_costs: tuple[tuple[int, float], ...] | None = None  # told at the start
         self.fail_after: int | None = None  # tokens of a sequence, then an error
         self.heartbeat_at_s: float | None = None  # frozen, for a stale one
         self._max_sequences = max_sequences
@@ -191,6 +192,8 @@ class FakeEngine:
     # The thread
 
     def _run(self) -> None:
+        if self.step_costs is not None:
+            self._on_report(StepReport((), EngineLoad(), step_costs=self.step_costs))
         while True:
             with self._lock:
                 while not (self._new or self._aborts or self._stopping or self._dead) and (
@@ -211,7 +214,10 @@ class FakeEngine:
                 num_running=len(self._running), num_waiting=len(self._waiting), num_total_blocks=8
             )
             step_s = max(0.001, self.step_s)
-            self._on_report(StepReport(tuple(events), load, step_s, max(1, len(events))))
+            num_tokens = max(1, len(events))
+            self._on_report(
+                StepReport(tuple(events), load, step_s, num_tokens, 0, num_tokens, num_tokens)
+            )
             if stopping:
                 return
             if self.step_s:

@@ -1,6 +1,8 @@
-// A libnvidia-ml.so.1 with one GPU, for tests of what reads the real one.
+// A libnvidia-ml.so.1 with two GPUs, for tests of what reads the real one. The second one has the
+// readings of the first, a name and a UUID of its own.
 //
-// Every call reads the file named by FAKE_NVML_STATE. Its lines:
+// Init and shutdown add a line to the file FAKE_NVML_STATE.calls. Every call reads the file named
+// by FAKE_NVML_STATE. Its lines:
 //   NAME VALUE            a reading, e.g. "memory_used 1073741824"
 //   fault SYMBOL CODE     that function returns the code; "fault * 15" is all of them
 //   process PID BYTES     a compute process
@@ -14,7 +16,7 @@
 
 typedef void* Device;
 enum { kSuccess = 0, kNotSupported = 3, kNotFound = 6, kInsufficientSize = 7, kTimeout = 10 };
-static int gpu, mig;  // their addresses are the handles
+static int gpu, second, mig;  // their addresses are the handles
 
 typedef struct { unsigned version; unsigned long long total, reserved, free, used; } MemoryV2;
 typedef struct { unsigned long long total, free, used; } Memory;
@@ -96,8 +98,27 @@ static long find_fault(const char* line, void* data) {
     return status;                              \
   }
 
-int nvmlInitWithFlags(unsigned flags) { (void)flags; CHECK_FAULT(); return kSuccess; }
-int nvmlShutdown(void) { CHECK_FAULT(); return kSuccess; }
+static void note_call(const char* name) {
+  char path[512];
+  snprintf(path, sizeof path, "%s.calls", getenv("FAKE_NVML_STATE"));
+  FILE* file = fopen(path, "a");
+  if (!file) return;
+  fprintf(file, "%s\n", name);
+  fclose(file);
+}
+
+int nvmlInitWithFlags(unsigned flags) {
+  (void)flags;
+  CHECK_FAULT();
+  note_call("init");
+  return kSuccess;
+}
+
+int nvmlShutdown(void) {
+  CHECK_FAULT();
+  note_call("shutdown");
+  return kSuccess;
+}
 
 const char* nvmlErrorString(int code) {
   switch (code) {
@@ -112,19 +133,32 @@ const char* nvmlErrorString(int code) {
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, Device* out) {
   CHECK_FAULT();
-  *out = &gpu;
-  return index == 0 ? kSuccess : kNotFound;
+  *out = index ? &second : &gpu;
+  return index < 2 ? kSuccess : 2;  // invalid argument
+}
+
+int nvmlDeviceGetCount_v2(unsigned* out) {
+  CHECK_FAULT();
+  *out = 2;
+  return kSuccess;
+}
+
+int nvmlDeviceGetUUID(Device device, char* uuid, unsigned length) {
+  CHECK_FAULT();
+  snprintf(uuid, length, device == &second ? "GPU-5678" : "GPU-1234");
+  return kSuccess;
 }
 
 int nvmlDeviceGetHandleByUUID(const char* uuid, Device* out) {
   CHECK_FAULT();
-  *out = strncmp(uuid, "MIG-", 4) ? &gpu : &mig;
-  return kSuccess;
+  *out = &mig;
+  return strcmp(uuid, "MIG-1234") ? kNotFound : kSuccess;
 }
 
 int nvmlDeviceGetName(Device device, char* name, unsigned length) {
   CHECK_FAULT();
-  snprintf(name, length, "Fake GPU%s", device == &mig ? " MIG 1g.10gb" : "");
+  const char* suffix = device == &mig ? " MIG 1g.10gb" : device == &second ? " 2" : "";
+  snprintf(name, length, "Fake GPU%s", suffix);
   return kSuccess;
 }
 
@@ -187,14 +221,24 @@ static long add_process(const char* line, void* data) {
   return 0;
 }
 
-int nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned* count, Process* out) {
-  (void)device;
-  CHECK_FAULT();
+static int list_processes(unsigned* count, Process* out) {
   struct Processes all = {out, out ? *count : 0, 0};
   each_line(add_process, &all);
   int fits = all.count <= all.capacity;
   *count = all.count;
   return fits ? kSuccess : kInsufficientSize;
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v3(Device device, unsigned* count, Process* out) {
+  (void)device;
+  CHECK_FAULT();
+  return list_processes(count, out);
+}
+
+int nvmlDeviceGetComputeRunningProcesses_v2(Device device, unsigned* count, Process* out) {
+  (void)device;
+  CHECK_FAULT();
+  return list_processes(count, out);
 }
 
 int nvmlDeviceGetUtilizationRates(Device device, Utilization* out) {

@@ -47,6 +47,11 @@ class FakeNvml:
         scratch.replace(self._state)
 
     @property
+    def calls(self) -> list[str]:
+        """Inits and shutdowns so far."""
+        return self._state.with_name("state.calls").read_text().split()
+
+    @property
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,

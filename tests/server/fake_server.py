@@ -5,7 +5,7 @@ from typing import Any
 
 from server.app import create_app
 from server.http import Settings
-from server.logs import start_logging
+from server.logs import start_logging, stop_logging
 from server.run import bind, run
 from tests.server.fake_engine import FakeEngine, toy_model
 
@@ -14,10 +14,9 @@ def main(grace_s: str, log_format: Any, telemetry: Any = "auto") -> int:
     listener = start_logging(log_format)
     settings = Settings(grace_s=float(grace_s), telemetry=telemetry)
     app = create_app(toy_model(), settings, FakeEngine(step_s=0.01).attach)
-    try:
-        return run(app, bind("127.0.0.1", 0), lambda address: print(address, flush=True))
-    finally:
-        listener.stop()
+    code = run(app, bind("127.0.0.1", 0), lambda address: print(address, flush=True))
+    stop_logging(listener, code)
+    return code
 
 
 if __name__ == "__main__":

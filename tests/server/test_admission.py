@@ -111,13 +111,24 @@ SEQUENCES = st.lists(
     ),
     max_size=40,
 )
+
+
+def wish_for(prompt_lengths: list[int], num_choices: int, rank_s: float, max_tokens: int) -> Ask:
+    return Ask(
+        rank_s=rank_s,
+        num_sequences=len(prompt_lengths) * num_choices,
+        prompt_lengths=tuple(prompt_lengths),
+        max_tokens=max_tokens,
+        ignore_eos=True,
+    )
+
+
 ASKS = st.builds(
-    Ask,
+    wish_for,
+    prompt_lengths=st.lists(st.integers(1, 400), min_size=1, max_size=3),
+    num_choices=st.integers(1, 2),
     rank_s=st.floats(0, 100),
-    num_sequences=st.integers(1, 4),
-    num_prompt_tokens=st.integers(1, 400),
     max_tokens=st.integers(1, 400),
-    ignore_eos=st.just(True),
 )
 
 
@@ -143,7 +154,8 @@ def test_what_starts_now_fits_the_memory_beside_all_that_goes_before(
     seen = forecast(wish, sequences, COSTS, machine(num_blocks))
     before = [seq for seq in sequences if seq.num_output_tokens or seq.rank_s <= wish.rank_s]
     assert wish.max_tokens is not None
-    own = wish.num_sequences * blocks(wish.num_prompt_tokens + wish.max_tokens)
+    choices = wish.num_sequences // len(wish.prompt_lengths)
+    own = choices * sum(blocks(length + wish.max_tokens) for length in wish.prompt_lengths)
     total = own + sum(blocks(seq.num_prompt_tokens + seq.max_tokens) for seq in before)
     assert seen.num_blocks == own
     assert seen.starts_now == (total <= num_blocks and len(before) + wish.num_sequences <= 8)
@@ -209,5 +221,5 @@ def test_every_refusal_says_when_to_come_again(sequences: list[OpenSequence], wi
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 100, 600])
 def test_nothing_known_of_steps_predicts_nothing(num_tokens: int) -> None:
-    seen = forecast(ask(num_prompt_tokens=num_tokens), waiting(30).sequences, Costs(), LIMITS)
+    seen = forecast(ask(prompt_lengths=(num_tokens,)), waiting(30).sequences, Costs(), LIMITS)
     assert (seen.ttft_s, seen.end_s) == (0.0, 0.0)

@@ -102,6 +102,28 @@ def test_a_reader_of_a_whole_answer_that_stalls_is_cut_too() -> None:
     run(main())
 
 
+def test_a_reader_that_stalls_over_the_last_bytes_of_an_answer_is_cut_too() -> None:
+    async def main() -> None:
+        big = WORD_IDS["x" * 20_000]
+        engine = FakeEngine(lambda s: chain(repeat(big, 1000), repeat(EOS)))
+        async with serve(engine, stalled_reader_s=0.5) as served:
+            connections = served.app[CONNECTIONS]
+            client = socket.create_connection(("127.0.0.1", served.port))
+            await wait_for(lambda: len(connections) == 1)
+            (connection,) = connections
+            assert connection.transport is not None
+            # As if the rest were small: no write waits for it, and the request is over.
+            connection.transport.set_write_buffer_limits(high=1 << 30)
+            data = json.dumps(ENDLESS).encode()
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+            await served.wait_idle()
+            await wait_for(lambda: not connections)
+            client.close()
+
+    run(main())
+
+
 def test_a_reader_that_is_slow_but_reads_gets_everything() -> None:
     async def main() -> None:
         big = WORD_IDS["x" * 20_000]

@@ -39,6 +39,18 @@ def sample(**changes: object) -> DeviceSample:
         ({"throttle_reasons": ("hardware slowdown",)}, "derated", 0.5, "hardware slowdown"),
         ({"memory_used_bytes": 16 * GIB - 10}, "derated", 0.25, "memory taken"),
         ({"memory_used_bytes": 16 * GIB - (200 << 20)}, "derated", 0.5, "memory taken"),
+        (
+            {"memory_used_bytes": 16 * GIB - 10, "memory_others_bytes": 300 << 20},
+            "ok",  # it fills the device itself
+            1.0,
+            None,
+        ),
+        (
+            {"memory_used_bytes": 16 * GIB - 10, "memory_others_bytes": 400 << 20},
+            "derated",
+            0.25,
+            "memory taken",
+        ),
         ({"temperature_c": 89.0}, "derated", 0.75, "temperature"),
         ({"pressure": {"memory full": 0.5}}, "derated", 0.5, "memory pressure"),
         ({"pressure": {"cpu some": 1.0}}, "ok", 1.0, None),

@@ -1,6 +1,7 @@
 """Clients that stand still while they send, and what never reaches a handler."""
 
 import asyncio
+import gzip
 import json
 import time
 from typing import Any
@@ -103,7 +104,21 @@ def test_a_body_that_drips_is_a_408() -> None:
                 await asyncio.sleep(0.2)
             answer = await asyncio.wait_for(reader.readuntil(b"}}"), 2)
             assert error_of(answer)[0] == 408
+            assert b"Connection: close" in answer
             writer.close()
+
+    run(main())
+
+
+def test_a_body_that_unpacks_beyond_the_limit_is_a_413_and_ends_the_connection() -> None:
+    async def main() -> None:
+        async with serve(max_body_bytes=1 << 20) as served:
+            data = gzip.compress(b" " * (20 << 20))
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            rest = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
+            answer, _ = await exchange(served, head + rest + data)
+            assert error_of(answer)[0] == 413
+            assert b"Connection: close" in answer
 
     run(main())
 
@@ -146,6 +161,21 @@ def test_what_is_no_http_or_has_too_much_of_it_is_a_400_in_the_envelope(sent: by
             assert (await served.post(TEXT, BODY))[0] == 200
 
     run(main())
+
+
+def test_a_body_that_cannot_be_decoded_is_a_400_and_fills_no_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        async with serve() as served:
+            data = b"this is no gzip"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            rest = b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(data)
+            answer, _ = await exchange(served, head + rest + data)
+            assert error_of(answer)[0] == 400
+
+    run(main())
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_an_expectation_that_is_not_known_is_a_417_in_the_envelope() -> None:

@@ -221,20 +221,23 @@ def test_admission_follows_an_apply(optimizer: Optimizer, deployment: Deployment
         async with serve(FakeEngine(step_s=0.001), optimizer=optimizer) as served:
             gate, applier = served.app[CLIENT].gate, optimizer.applier()
             await asyncio.to_thread(applier.announce, deployment, 100)
-            costs = gate.costs
-            for _ in range(50):
-                costs.observe_step(8, 0.5)
-            await asyncio.to_thread(applier.announce, deployment, 90)
-            costs.observe_step(8, 0.1)
-            assert costs.costs.step_s(8) == pytest.approx(0.5, rel=0.1)
             assert gate.limits.max_sequences == deployment.config.max_sequences
             await asyncio.to_thread(applier.announce, changed, 100)
-            assert costs.costs.step_s(8) == pytest.approx(0.5, rel=0.1)
-            costs.observe_step(8, 0.1)
-            assert costs.costs.step_s(8) == pytest.approx(0.1)
             assert gate.limits.max_sequences == 3
             assert gate.limits.num_blocks == served.app[MODEL].num_kv_blocks
             assert gate.limits.num_blocks == parked.num_kv_blocks
+            # Those who come now wait for the core, unless it has been away for too long already.
+            _, health = await _status(served, "/health")
+            assert health["status"] == "degraded"
+            assert "applied" in health["reasons"][0]
+            body = {"model": served.app[MODEL].name, "prompt": "x", "max_tokens": 1}
+            assert (await served.post("/v1/completions", body))[0] == 200
+            gate.limits = msgspec.structs.replace(gate.limits, max_ttft_s=0.0)
+            status, answer = await served.post("/v1/completions", body)
+            assert (status, answer["error"]["code"]) == (503, "applying")
+            await asyncio.to_thread(applier.announce, deployment, 100)
+            assert (await served.post("/v1/completions", body))[0] == 200
+            assert (await _status(served, "/health"))[1]["status"] == "ok"
 
     run(scenario())
 

@@ -118,7 +118,8 @@ def test_metrics_count_what_was_drafted_and_accepted(drafting: ServerProcess) ->
     assert buckets == sorted(buckets)
     assert buckets[0] < buckets[-1], "no step verified a draft"
     (speedup,) = metrics["fulcrum_speculation_measured_speedup"].samples
-    assert speedup.value > 0.1
+    # A step emits nine tokens at most, and takes no less time for them than for one.
+    assert 0.1 < speedup.value < 9.0
 
 
 def test_every_metric_of_the_dashboard_is_served(drafting: ServerProcess) -> None:

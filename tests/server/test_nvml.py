@@ -4,6 +4,7 @@ Each test runs a process of its own, since the binding keeps the library that it
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,37 +17,49 @@ import httpx
 import pytest
 
 from tests.server.fake_engine import MODEL
-from tests.server.fake_nvml import GIB, FakeNvml
+from tests.server.fake_nvml import GIB, SOURCE, FakeNvml
 
 ROOT = Path(__file__).parents[2]
 BODY = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
 
 
-def read(nvml: FakeNvml, seconds: float = 0.3, **environment: str) -> dict[str, Any]:
-    """What a poller in a process of its own has read in the end."""
+def ask(nvml: FakeNvml, *arguments: str, **environment: str) -> Any:
+    """The answer of a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.server.read_nvml", str(seconds)],
+        [sys.executable, "-m", "tests.server.read_nvml", *arguments],
         cwd=ROOT,
         env=nvml.environment | environment,
         capture_output=True,
         check=True,
     )
-    answer: dict[str, Any] = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def read(nvml: FakeNvml, seconds: float = 0.3, **environment: str) -> dict[str, Any]:
+    """What a poller has read in the end."""
+    answer: dict[str, Any] = ask(nvml, str(seconds), **environment)
     return answer
 
 
 @contextmanager
-def server(nvml: FakeNvml) -> Iterator[str]:
-    """The address of a fake server whose admission heeds the GPU."""
-    command = [sys.executable, "-m", "tests.server.fake_server", "1", "text", "gpu"]
+def process(nvml: FakeNvml, telemetry: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A fake server and its address."""
+    command = [sys.executable, "-m", "tests.server.fake_server", "1", "text", telemetry]
     with subprocess.Popen(
         command, cwd=ROOT, env=nvml.environment, stdout=subprocess.PIPE, text=True
     ) as running:
         try:
             assert running.stdout is not None
-            yield running.stdout.readline().strip()
+            yield running, running.stdout.readline().strip()
         finally:
             running.kill()
+
+
+@contextmanager
+def server(nvml: FakeNvml) -> Iterator[str]:
+    """The address of a fake server whose admission heeds the GPU."""
+    with process(nvml, "gpu") as (_, address):
+        yield address
 
 
 def wait_health(address: str, condition: Callable[[int, dict[str, Any]], bool]) -> dict[str, Any]:
@@ -98,26 +111,71 @@ def test_an_old_driver_is_asked_by_the_old_names(tmp_path: Path) -> None:
             "nvmlDeviceGetCurrentClocksEventReasons",
             "nvmlDeviceGetMigMode",
             "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetComputeRunningProcesses_v3",
         ),
     )
-    nvml.set(throttle=0x8)
+    nvml.set("process 1 1000", throttle=0x8)
     gpu = read(nvml)["gpu"]
+    assert gpu["memory_others_bytes"] == 1000
     assert (gpu["memory_used_bytes"], gpu["temperature_c"]) == (4 * GIB, 55)
     assert gpu["throttle_reasons"] == ["hardware slowdown"]
     assert gpu["energy_j"] is None
     assert gpu["unavailable"]["energy"] == "not in this driver"
 
 
+def test_a_driver_that_knows_a_device_and_nothing_else_is_no_fault(tmp_path: Path) -> None:
+    kept = {"Init", "Shutdown", "ErrorString", "DeviceGetHandleByIndex"}
+    source = SOURCE.read_text()
+    symbols = set(re.findall(r"\b(nvml[A-Z]\w*)(?= ?\()", source)) | set(
+        re.findall(r"READING\((nvml\w+)", source)
+    )
+    without = [name for name in symbols if not any(name[4:].startswith(one) for one in kept)]
+    assert len(without) > 20
+    gpu = read(FakeNvml(tmp_path, without=without))["gpu"]
+    assert gpu["fault"] is None
+    assert {"memory", "temperature", "processes", "XID events"} <= set(gpu["unavailable"])
+    assert gpu["memory_total_bytes"] is None
+
+
 def test_a_mig_device_has_memory_of_its_own_and_the_rest_of_its_gpu(tmp_path: Path) -> None:
     nvml = FakeNvml(tmp_path)
     nvml.set("process 1 500", mig=1, mig_memory_total=10 * GIB, mig_memory_used=GIB)
-    for visible in ("", "0", "MIG-1234"):
+    for visible in ("0", "MIG-1234"):
         gpu = read(nvml, CUDA_VISIBLE_DEVICES=visible)["gpu"]
         assert gpu["name"] == "Fake GPU MIG 1g.10gb"
         assert (gpu["memory_used_bytes"], gpu["memory_total_bytes"]) == (GIB, 10 * GIB)
         assert (gpu["memory_others_bytes"], gpu["temperature_c"]) == (500, 55)
     whole = read(nvml, CUDA_VISIBLE_DEVICES="GPU-1234")["gpu"]
     assert whole["memory_total_bytes"] == 16 * GIB
+
+
+def test_the_first_visible_device_is_read_and_none_other(tmp_path: Path) -> None:
+    nvml = FakeNvml(tmp_path)
+    names = {
+        "0,1": "Fake GPU",
+        "1": "Fake GPU 2",
+        "1,0": "Fake GPU 2",
+        "GPU-56": "Fake GPU 2",
+        "GPU-1234,GPU-5678": "Fake GPU",
+        "MIG-1234": "Fake GPU MIG 1g.10gb",
+        "": None,
+        "-1": None,
+        "GPU-9": None,
+        "MIG-9": None,
+        "7": None,
+    }
+    assert ask(nvml, "visible", *names) == list(names.values())
+    # What was begun is ended, device or not.
+    assert nvml.calls == ["init", "shutdown"] * len(names)
+    assert read(nvml, CUDA_VISIBLE_DEVICES="")["gpu"] is None
+
+
+def test_memory_of_a_process_that_the_driver_keeps_to_itself_is_not_counted_as_nothing(
+    tmp_path: Path,
+) -> None:
+    nvml = FakeNvml(tmp_path)
+    nvml.set("process 1 1000", f"process 2 {2**64 - 1}")
+    assert read(nvml)["gpu"]["memory_others_bytes"] is None
 
 
 @pytest.mark.parametrize(
@@ -205,7 +263,34 @@ def test_a_driver_that_hangs_leaves_admission_to_the_load_alone(tmp_path: Path) 
         nvml.set("hang nvmlDeviceGetMemoryInfo_v2 30000", throttle=0x20)
         health = wait_health(address, lambda status, health: health["status"] == "degraded")
         assert "no telemetry" in health["reasons"][0]
-        assert health["telemetry"]["unavailable"] == {"gpu": "no fresh sample"}
+        assert "has not answered" in health["telemetry"]["unavailable"]["gpu"]
         began_s = time.monotonic()
         assert httpx.post(f"{address}/v1/completions", json=BODY).status_code == 200
         assert time.monotonic() - began_s < 1
+
+
+@pytest.mark.parametrize("symbol", ["nvmlInitWithFlags", "nvmlDeviceGetMemoryInfo_v2"])
+def test_beside_a_driver_that_hangs_the_host_is_read_and_a_signal_ends_the_process(
+    tmp_path: Path, symbol: str
+) -> None:
+    nvml = FakeNvml(tmp_path)
+    nvml.set(f"hang {symbol} 60000")
+    with process(nvml, "auto") as (running, address):
+        health = wait_health(
+            address, lambda _, health: health["telemetry"]["unavailable"].get("gpu")
+        )
+        assert health["status"] == "ok"
+        assert "has not answered" in health["telemetry"]["unavailable"]["gpu"]
+        report = httpx.get(f"{address}/v1/telemetry").json()
+        assert report["samples"]["host"]["age_s"] < 1.5
+        assert report["num_samples"] > 4
+        running.terminate()
+        assert running.wait(5) == 0
+
+
+def test_events_that_do_not_come_back_are_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    nvml = FakeNvml(tmp_path)
+    nvml.set("hang nvmlEventSetWait_v2 60000")
+    gpu = read(nvml, seconds=3.5)["gpu"]
+    assert gpu["unavailable"] == {"XID events": "the driver does not answer"}
+    assert gpu["temperature_c"] == 55

@@ -83,6 +83,16 @@ def test_without_requests_a_signal_ends_it_soon() -> None:
         assert running.wait(3) == 0
 
 
+def test_a_log_that_nobody_reads_holds_up_neither_requests_nor_the_end() -> None:
+    with process(grace_s=1) as (running, address), httpx.Client() as client:
+        for _ in range(900):  # beyond what the pipe takes
+            began_s = time.monotonic()
+            assert client.get(f"{address}/version", headers={"x-request-id": "x" * 100}).is_success
+            assert time.monotonic() - began_s < 1
+        running.terminate()
+        assert running.wait(6) == 0
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_the_access_log_has_tokens_but_no_text(log_format: str) -> None:
     with process(1, log_format) as (running, address):

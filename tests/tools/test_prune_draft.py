@@ -17,6 +17,7 @@ from engine.config import EngineConfig  # noqa: E402
 from engine.contents import open_checkpoint  # noqa: E402
 from engine.loader import load_model, read_headers  # noqa: E402
 from tests.engine.oracle import make_checkpoint, reference_logits  # noqa: E402
+from tests.engine.tiny_model import tiny_config  # noqa: E402
 from tools import prune_draft  # noqa: E402
 from tools.prune.decoder import Decoder  # noqa: E402
 from tools.prune.layers import choose_layers, kept_spec, kept_tensors  # noqa: E402
@@ -27,27 +28,11 @@ CONTEXT = 32
 SPARE_LAYER = 2  # adds next to nothing
 
 
-def small(kind: str, **options: Any) -> Any:
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
-    config["qwen3"] = transformers.Qwen3Config
-    return config[kind](
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        hidden_size=64,
-        intermediate_size=96,
-        vocab_size=256,
-        max_position_embeddings=512,
-        num_hidden_layers=NUM_LAYERS,
-        **options,
-    )
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model one of whose layers is worth nothing."""
     folder: Path = tmp_path_factory.mktemp("whole")
-    reference = make_checkpoint(folder, small("llama", tie_word_embeddings=True), seed=2)
+    reference = make_checkpoint(folder, tiny_config(num_hidden_layers=NUM_LAYERS), seed=2)
     layer = reference.model.layers[SPARE_LAYER]
     for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
         matrix.weight.data *= 2**-6
@@ -142,7 +127,7 @@ def test_a_gguf_keeps_its_metadata_and_its_blocks(default_model_path: Path, tmp_
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_the_decoder_that_learns_computes_what_transformers_does(kind: str, tmp_path: Path) -> None:
-    reference = make_checkpoint(tmp_path, small(kind), seed=4)
+    reference = make_checkpoint(tmp_path, tiny_config(kind, tie_word_embeddings=False), seed=4)
     checkpoint = read_headers(EngineConfig(model=str(tmp_path))).checkpoint
     ids = np.random.default_rng(1).integers(0, 256, 40)
     with torch.no_grad():
@@ -157,7 +142,8 @@ def test_what_cannot_be_pruned_is_refused(
     assert prune_draft.main(arguments(model, text, out, "--drop", "4")) == 2
     assert "--drop 4: the model has 4 layers" in capsys.readouterr().err
     folder = tmp_path / "mixed"
-    mixed = small("qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1)
+    windows = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    mixed = tiny_config("qwen2", num_hidden_layers=NUM_LAYERS, **windows)
     make_checkpoint(folder, mixed, seed=1)
     assert prune_draft.main(arguments(folder, text, out, "--drop", "1")) == 2
     assert "layers of several kinds" in capsys.readouterr().err

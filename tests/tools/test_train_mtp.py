@@ -13,16 +13,16 @@ import pytest
 from msgspec.structs import replace
 
 pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from engine.checkpoint.progress import SilentProgress  # noqa: E402
-from engine.config import EngineConfig  # noqa: E402
-from engine.loader import load_model  # noqa: E402
-from engine.speculation.setup import OFF  # noqa: E402
-from tests.engine.oracle import make_checkpoint  # noqa: E402
-from tests.engine.speculation.planted import Planted  # noqa: E402
-from tests.engine.test_invariance import GREEDY, MAX_MODEL_LEN, Result, RunningEngine  # noqa: E402
-from tools import train_mtp  # noqa: E402
+from engine.checkpoint.progress import SilentProgress
+from engine.config import EngineConfig
+from engine.loader import load_model
+from engine.speculation.setup import OFF
+from tests.engine.speculation.planted import Planted
+from tests.engine.test_invariance import GREEDY, MAX_MODEL_LEN, Result, RunningEngine
+from tests.engine.tiny_model import make_tiny_model
+from tools import train_mtp
 
 # Seven files of answers, written one after the other, and two epochs of batches: long enough to be
 # killed in between.
@@ -35,20 +35,8 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("target")
-    config = transformers.LlamaConfig(
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        hidden_size=64,
-        intermediate_size=96,
-        vocab_size=256,
-        max_position_embeddings=MAX_MODEL_LEN,
-        num_hidden_layers=2,
-        tie_word_embeddings=True,
-    )
-    make_checkpoint(folder, config, seed=5)
-    return folder
+    folder = tmp_path_factory.mktemp("target")
+    return make_tiny_model(folder, seed=5, max_position_embeddings=MAX_MODEL_LEN)
 
 
 @pytest.fixture(scope="module")

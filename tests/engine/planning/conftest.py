@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from engine.config import EngineConfig  # noqa: E402  (after the skip without torch)
-from engine.deployment import Deployment, deploy  # noqa: E402
-from engine.loader import read_headers  # noqa: E402
-from engine.loop import Engine  # noqa: E402
-from engine.planning.applier import Applier  # noqa: E402
-from engine.planning.apply_types import ApplyRequest, Status  # noqa: E402
-from engine.planning.observer import Observer  # noqa: E402
-from engine.planning.preview import Planner  # noqa: E402
-from engine.planning.receipts import ReceiptLog  # noqa: E402
-from engine.types import SamplingParams, StepReport, Submit  # noqa: E402
-from tests.engine.oracle import make_checkpoint  # noqa: E402
+from engine.config import EngineConfig
+from engine.deployment import Deployment, deploy
+from engine.loader import read_headers
+from engine.loop import Engine
+from engine.planning.applier import Applier
+from engine.planning.apply_types import ApplyRequest, Status
+from engine.planning.observer import Observer
+from engine.planning.preview import Planner
+from engine.planning.receipts import ReceiptLog
+from engine.types import SamplingParams, StepReport, Submit
+from tests.engine.tiny_model import make_tiny_model
 
 WAIT_S = 60.0
 
@@ -33,19 +33,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in the Hugging Face layout."""
-    folder: Path = tmp_path_factory.mktemp("tiny-model")
-    config = transformers.LlamaConfig(
-        num_hidden_layers=2,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=257,
-        max_position_embeddings=512,
-    )
-    make_checkpoint(folder, config, seed=1)
-    return folder
+    folder = tmp_path_factory.mktemp("tiny-model")
+    return make_tiny_model(folder, seed=1, head_dim=32, vocab_size=257, tie_word_embeddings=False)
 
 
 @pytest.fixture

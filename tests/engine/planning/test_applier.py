@@ -1,8 +1,10 @@
 """Applying a setting: streams go on, a failure leaves the old state, a broken promise goes back."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from engine.config import ConfigError, EngineConfig
 from engine.deployment import Deployment, deploy
+from engine.migration import SwitchError
 from engine.planning import apply_run
 from engine.planning.apply_types import ApplyBusy, ApplyRequest
 from engine.planning.proposal import settings_of
 from engine.speculation.ngram import NgramDrafter
-from tests.engine.planning.conftest import Bench, slowed
+from tests.engine.planning.conftest import WAIT_S, Bench, slowed
 
 MakeBench = Callable[..., Bench]
 
@@ -68,6 +71,14 @@ def test_receipts_are_kept_as_json_lines(make_bench: MakeBench, tmp_path: Path) 
     assert receipt["after"]["quantization"] == "int4"
     assert receipt["speed"]["measured"] > 0
     assert receipt["speed"]["num_steps"] >= 24, "an idle engine must be probed"
+
+
+def test_a_full_disk_costs_the_file_of_receipts_alone(make_bench: MakeBench) -> None:
+    bench = make_bench()
+    bench.applier.receipts.path = Path("/dev/full")
+    assert bench.apply(max_sequences=4).state == "done"
+    (receipt,) = bench.applier.latest_receipts()
+    assert receipt.outcome == "kept"
 
 
 def _fail(*_: Any, **__: Any) -> Deployment:
@@ -152,8 +163,7 @@ def test_without_room_for_both_the_old_state_goes_first(
             raise ConfigError("planted: no memory after all")
         return deploy(config, **options)
 
-    monkeypatch.setattr(apply_run, "available_memory_bytes", lambda: 1)
-    monkeypatch.setattr(apply_run, "_DRAIN_S", 0.0)
+    _drain_always(monkeypatch)
     bench = make_bench(build=build)
     counts = _occupy(bench)
     status = bench.apply(quantization="int8")
@@ -162,6 +172,75 @@ def test_without_room_for_both_the_old_state_goes_first(
     quantization = bench.applier.deployment.config.quantization
     assert quantization == ("auto" if fails else "int8")
     _assert_complete(bench, counts)
+
+
+def _drain_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apply_run, "available_memory_bytes", lambda: 1)
+    monkeypatch.setattr(apply_run, "_DRAIN_S", 0.0)
+
+
+def test_a_release_that_is_refused_leaves_the_old_state_and_its_length(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(grace_s: float) -> Future[None]:
+        refused: Future[None] = Future()
+        refused.set_exception(SwitchError("planted: the engine is dead"))
+        return refused
+
+    _drain_always(monkeypatch)
+    bench = make_bench()
+    counts = _occupy(bench)
+    before = bench.applier.deployment
+    monkeypatch.setattr(bench.engine, "park", refuse)
+    status = bench.apply(quantization="int8", max_model_len=128)
+    assert (status.state, status.mode) == ("failed", "drain")
+    assert "planted" in status.detail
+    assert bench.applier.deployment is before
+    assert bench.announced == [128, 512]
+    assert status.receipt is not None
+    assert status.receipt.longest_pause_s is not None
+    _assert_complete(bench, counts)
+
+
+def test_a_release_that_a_stuck_step_holds_up_is_withdrawn(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _drain_always(monkeypatch)
+    monkeypatch.setattr(apply_run, "_PARK_TIMEOUT_S", 0.2)
+    bench = make_bench(slow_s=0.001)
+    counts = _occupy(bench, max_tokens=50)
+    may_step = threading.Event()
+    core = bench.applier.deployment.loaded.core
+    step = core.step
+    monkeypatch.setattr(core, "step", lambda *sizes: (may_step.wait(WAIT_S), step(*sizes)))
+    time.sleep(0.1)
+    status = bench.apply(quantization="int8")
+    assert status.state == "failed"
+    assert "busy with a step" in status.detail
+    may_step.set()
+    _assert_complete(bench, counts)  # nobody waits for a core that never comes
+    monkeypatch.setattr(apply_run, "_PARK_TIMEOUT_S", 60.0)
+    assert bench.apply(quantization="int8").state == "done"
+
+
+@pytest.mark.parametrize("rolls_back", [False, True])
+def test_where_nothing_can_be_built_any_more_everybody_is_told(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, rolls_back: bool
+) -> None:
+    def build(config: EngineConfig, **options: Any) -> Deployment:
+        if rolls_back and config.quantization == "int8":
+            return slowed(deploy(config, **options), 0.03)
+        raise ConfigError("planted: no memory after all")
+
+    _drain_always(monkeypatch)
+    bench = make_bench(build=build)
+    counts = _occupy(bench, count=2, max_tokens=450)
+    status = bench.apply(measure=rolls_back, quantization="int8", auto_rollback=True)
+    assert (status.state, status.mode) == ("failed", "drain"), status.detail
+    bench.wait_for(lambda: all(seq_id in bench.reasons for seq_id in counts))
+    assert rolls_back or {bench.reasons[seq_id] for seq_id in counts} == {"abort"}
+    assert not bench.engine.is_alive()
+    assert bench.applier.deployment.measured().components()  # GET /v1/optimizations still answers
 
 
 def test_drafters_change_at_the_next_step_and_stay_through_other_applies(

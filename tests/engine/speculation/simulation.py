@@ -55,7 +55,7 @@ class PlantedDrafter:
         self.priors = tuple(priors or [0.5] * len(self.truth))
         self.position_priors = (0.5,) * max_drafts
         self.num_calls = 0
-        self._run_s, self._clock = run_s, clock
+        self.run_s, self._clock = run_s, clock
         self._generator = np.random.default_rng(seed)
 
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
@@ -68,7 +68,7 @@ class PlantedDrafter:
             right = [draws.random() < self.truth[bucket] for bucket in buckets]
             drafts.append(Draft(self.name, [RIGHT if ok else WRONG for ok in right], buckets))
         for depth in range(max(max_drafts)):
-            self._clock.now_s += self._run_s(sum(most > depth for most in max_drafts))
+            self._clock.now_s += self.run_s(sum(most > depth for most in max_drafts))
         return drafts
 
 
@@ -83,6 +83,8 @@ class World:
     noise: float = 0.05  # of a step's time, as a share
     num_other_tokens: int = 0
     seed: int = 1
+    seed_factor: float = 1.0  # how much slower the machine was when steps were calibrated,
+    call_seed_factor: float = 1.0  # and when a drafter's calls were
     num_emitted: int = 0
     depths: list[int] = field(default_factory=list)  # of the model drafter, by step
     num_verified: list[int] = field(default_factory=list)
@@ -91,7 +93,11 @@ class World:
         self._generator = np.random.default_rng(self.seed)
         costs = Costs(MAX_TOKENS, 64)
         for size in (1, 2, 4, 8, 16, 32, 64, 128):
-            costs.step.seed(size, self.step_s(size))
+            costs.step.seed(size, self.step_s(size) * self.seed_factor)
+        for drafter in self.drafters if self.call_seed_factor != 1.0 else ():
+            cost = costs.drafter(drafter.name, drafter.max_drafts)
+            for depth in range(1, drafter.max_drafts + 1):
+                cost.curve(depth).seed(1, depth * drafter.run_s(1) * self.call_seed_factor)
         self.policy = SpeculationPolicy(self.drafters, costs, clock=self.clock)
         self.resize(self.num_sequences)
 
@@ -109,9 +115,9 @@ class World:
         drafts = self.policy.draft(self.candidates, self.num_other_tokens)
         num_drafted = sum(len(draft.token_ids) for draft in drafts)
         num_tokens = len(drafts) + num_drafted + self.num_other_tokens
-        # Times are skewed, with a stall now and then.
+        # Times are skewed, with a stall now and then: one in a hundred, so that runs compare.
         factor = 1.0 + self.noise * float(self._generator.exponential())
-        if self._generator.random() < 0.01:
+        if len(self.num_verified) % 100 == 50:
             factor *= 5.0
         step_s = self.step_s(num_tokens) * factor
         self.clock.now_s += step_s
@@ -143,6 +149,6 @@ def best_fixed_rate(world: World, drafter: PlantedDrafter, noise: float = 0.05) 
         emitted = count * sum(mean**k for k in range(depth + 1))
         # As World._step: the mean of the noise, and the stalls.
         step_s = world.step_s(count * (1 + depth) + world.num_other_tokens)
-        seconds = step_s * (1.0 + noise) * 1.04 + depth * drafter._run_s(count)
+        seconds = step_s * (1.0 + noise) * 1.04 + depth * drafter.run_s(count)
         rates.append(emitted / seconds)
     return max(rates)

@@ -23,6 +23,7 @@ from engine.config import EngineConfig  # noqa: E402
 from engine.deployment import deploy  # noqa: E402
 from engine.loader import load_model, plan_headers, read_headers  # noqa: E402
 from engine.loop import Engine  # noqa: E402
+from engine.models import mtp  # noqa: E402
 from engine.planning.qualification import qualify  # noqa: E402
 from engine.scheduler import Scheduler  # noqa: E402
 from engine.sequence import Sequence  # noqa: E402
@@ -185,6 +186,7 @@ def test_drafts_are_those_of_the_reference(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chain, "_MIN_CONFIDENCE", 0.0)  # a random module is never sure
+    monkeypatch.setattr(mtp, "_FORMAT", "int8")  # what is compared is the layout, not the rounding
     reference = Reference(tmp_path, case)
     num_best = 0
     for seed in range(8):

@@ -92,3 +92,57 @@ def test_drafts_that_were_never_timed_are_derived_from_those_that_were() -> None
     cost = Costs(64, 8).drafter("mtp", 4)
     cost.curve(2).seed(1, 0.002)
     np.testing.assert_allclose(cost.times_s(1), [0.0, 0.001, 0.002, 0.003, 0.004])
+
+
+@pytest.mark.parametrize("factor", [8.0, 0.25])
+def test_a_calibration_that_was_disturbed_is_corrected_within_tens_of_steps(factor: float) -> None:
+    curve = CostCurve(128)
+    truth_s = 0.004 + 0.0002 * np.arange(129)
+    for size in (1, 2, 4, 16, 64, 128):
+        curve.seed(size, factor * truth_s[size])
+    generator = np.random.default_rng(0)
+    for step in range(20):
+        size = 1 + step % 2
+        curve.observe(size, truth_s[size] * (1.0 + 0.05 * generator.exponential()))
+    # Sizes that were not run meanwhile were calibrated at the same bad moment.
+    for size in (1, 2, 4, 16, 64, 128):
+        assert curve.times_s()[size] == pytest.approx(truth_s[size], rel=0.1), size
+
+
+def test_a_size_that_was_disturbed_while_the_others_were_not_is_corrected_alone() -> None:
+    curve = seeded()
+    truth_s = curve.times_s().copy()
+    curve.seed(1, truth_s[1])
+    curve.seed(2, 3.0 * truth_s[2])
+    # A larger one took less: that much is known at once.
+    assert curve.times_s()[2] <= truth_s[4]
+    curve = seeded()
+    curve.seed(4, 0.2 * truth_s[4])
+    for step in range(30):
+        size = (1, 4, 8)[step % 3]
+        curve.observe(size, truth_s[size])
+    for size in (1, 4, 8):
+        assert curve.times_s()[size] == pytest.approx(truth_s[size], rel=0.1), size
+
+
+def test_what_calls_of_one_depth_show_of_the_machine_concerns_the_other_depths() -> None:
+    cost = Costs(64, 8).drafter("mtp", 4)
+    for depth in range(1, 5):
+        cost.curve(depth).seed(1, 0.0004 * depth * 10.0)
+    for _ in range(6):
+        cost.observe(1, 4, 0.0016)
+    np.testing.assert_allclose(cost.times_s(1), 0.0004 * np.arange(5), rtol=0.05)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_times_that_scatter_widely_do_not_decide_over_a_few_percent(seed: int) -> None:
+    """Two busy sizes that differ by 5 %: noise must not make the larger one look free or dear."""
+    curve = seeded()
+    curve.seed(2, curve.times_s()[2])
+    truth_s = curve.times_s().copy()
+    generator = np.random.default_rng(seed)
+    for step in range(400):
+        size = 1 + step % 2
+        curve.observe(size, truth_s[size] * float(np.exp(0.7 * generator.standard_normal())))
+    times_s = curve.times_s()
+    assert times_s[2] / times_s[1] == pytest.approx(truth_s[2] / truth_s[1], abs=0.03)

@@ -10,45 +10,32 @@ import pytest
 from msgspec.structs import replace
 
 pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from engine.config import ConfigError, EngineConfig  # noqa: E402
-from engine.deployment import deploy  # noqa: E402
-from engine.loader import LoadedModel, load_model, plan_headers, read_headers  # noqa: E402
-from engine.loop import Engine  # noqa: E402
-from engine.planning.qualification import qualify  # noqa: E402
-from engine.speculation.setup import OFF  # noqa: E402
-from engine.types import SamplingParams  # noqa: E402
-from tests.engine.oracle import make_checkpoint  # noqa: E402
-from tests.engine.speculation.planted import Planted  # noqa: E402
-from tests.engine.test_invariance import (  # noqa: E402
+from engine.config import ConfigError, EngineConfig
+from engine.deployment import deploy
+from engine.loader import LoadedModel, load_model, plan_headers, read_headers
+from engine.loop import Engine
+from engine.planning.qualification import qualify
+from engine.speculation.setup import OFF
+from engine.types import SamplingParams
+from tests.engine.speculation.planted import Planted
+from tests.engine.test_invariance import (
     GREEDY,
     MAX_MODEL_LEN,
     SAMPLED,
     Result,
     RunningEngine,
 )
-from tests.server_process import ServerProcess  # noqa: E402
+from tests.engine.tiny_model import VOCAB_SIZE, make_tiny_model
+from tests.server_process import ServerProcess
 
-VOCAB_SIZE = 256
 NUM_SEQUENCES = 6
 LONG = 400  # tokens of a prompt that the drafter needs several calls to catch up with
 
 
-def make_model(folder: Path, seed: int, num_layers: int = 2, **options: Any) -> Path:
-    settings = {"vocab_size": VOCAB_SIZE, "max_position_embeddings": MAX_MODEL_LEN, **options}
-    config = transformers.LlamaConfig(
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=num_layers,
-        tie_word_embeddings=True,
-        **settings,
-    )
-    make_checkpoint(folder, config, seed)
-    return folder
+def make_model(folder: Path, seed: int, **options: Any) -> Path:
+    return make_tiny_model(folder, seed, **{"max_position_embeddings": MAX_MODEL_LEN, **options})
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +47,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another model of the same vocabulary, with more rows in its embedding."""
     folder = tmp_path_factory.mktemp("stranger")
-    return make_model(folder, seed=2, num_layers=1, vocab_size=VOCAB_SIZE + 64)
+    return make_model(folder, seed=2, num_hidden_layers=1, vocab_size=VOCAB_SIZE + 64)
 
 
 def config(target: Path, draft: Path, **options: Any) -> EngineConfig:

@@ -76,6 +76,22 @@ def test_a_depth_is_kept_unless_another_is_clearly_better() -> None:
     assert keep_or_change(np.array([1.0, 1.2, 1.25]), 1, 0.03) == 2
     assert keep_or_change(np.array([1.0, 1.2]), 4, 0.03) == 1
     # Not drafting is left only for a clear gain, and returned to at once.
-    assert keep_or_change(np.array([1.0, 1.05]), 0, 0.03) == 0
+    assert keep_or_change(np.array([1.0, 1.02]), 0, 0.03) == 0
     assert keep_or_change(np.array([1.0, 1.07]), 0, 0.03) == 1
     assert keep_or_change(np.array([1.0, 0.99]), 1, 0.03) == 0
+
+
+def test_one_draft_is_chosen_from_as_if_it_were_among_others() -> None:
+    generator = np.random.default_rng(3)
+    for _ in range(200):
+        row = np.cumprod(generator.uniform(0.2, 1.0, 6))
+        row[int(generator.integers(1, 7)) :] = 0.0
+        times_s = np.cumsum(generator.uniform(0.0, 0.002, int(generator.integers(2, 12)))) + 0.004
+        settings = {"num_forced": int(generator.integers(0, 2)), "sunk_s": 0.0005}
+        alone = choose_counts(row[None], 1.0, times_s, **settings)
+        beside = choose_counts(np.vstack((row, np.zeros(6))), 1.0, times_s, **settings)
+        assert alone.counts == beside.counts[:1]
+        assert alone.num_verified == beside.num_verified
+        assert alone.expected_emitted == pytest.approx(beside.expected_emitted)
+        assert alone.expected_rate == pytest.approx(beside.expected_rate)
+        assert alone.plain_rate == beside.plain_rate

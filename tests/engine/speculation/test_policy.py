@@ -251,3 +251,26 @@ def test_who_names_a_drafter_that_lost_its_trust_is_probed_too() -> None:
     drafter.truth = [0.95]
     world.run(2000)
     assert world.policy.models.planners["mtp"].depth > 0
+
+
+@pytest.mark.parametrize(("steps", "calls"), [(8.0, 1.0), (1.0, 12.0), (8.0, 8.0)])
+def test_a_disturbed_calibration_costs_little_and_not_for_long(steps: float, calls: float) -> None:
+    clock = Clock()
+    drafter = PlantedDrafter(clock, truth=GOOD)
+    world = World(linear, clock, [drafter], seed_factor=steps, call_seed_factor=calls)
+    world.run(60)
+    assert world.run(200) > 0.9 * best_fixed_rate(world, drafter)
+
+
+@pytest.mark.parametrize("truth", [POOR, MIXED, GOOD])
+def test_the_measured_speedup_is_that_of_the_clock_whatever_was_calibrated(
+    truth: tuple[float, ...],
+) -> None:
+    clock = Clock()
+    drafter = PlantedDrafter(clock, truth=truth)
+    world = World(linear, clock, [drafter], seed_factor=20.0)
+    world.run(300)
+    rate = world.run(400)
+    plain = World(linear, clock, [])
+    expected = rate / plain.run(400)
+    assert report(world.policy).measured_speedup == pytest.approx(expected, rel=0.12)
