@@ -35,7 +35,7 @@ _LOADS = {1: 4, 8: 1}  # of a turn, by streams: seconds each
 _TURNS = 2
 _MAX_TURNS = 3
 _MAX_DRIFT = 0.08  # of the promise, from before a load to after it
-_QUALITY_WAIT_S = 300.0
+_QUALITY_WAIT_S = 90.0
 
 
 @contextmanager

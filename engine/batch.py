@@ -201,8 +201,9 @@ class Batch:
         """
         buffers = self._buffers
         positions = np.arange(num_tokens, dtype=np.int32)
-        for name in ("positions", "logits_rows", "noise_position"):
+        for name in ("positions", "logits_rows"):
             buffers[name][:num_tokens] = positions
+        buffers["noise_position"][:num_tokens] = positions + 1  # as of an output's token
         index, offset = np.divmod(positions, self._block_size)
         blocks = np.array(block_ids, np.int32)
         buffers["slot_mapping"][:num_tokens] = blocks[index] * self._block_size + offset

@@ -10,6 +10,7 @@ import pytest
 from engine import scheduler
 from engine.migration import SwitchError
 from engine.runner import EngineSettings
+from engine.speculation.setup import Speculation
 from tests.engine.fake_core import FakeCore
 from tests.engine.test_loop import EOS, MAX_MODEL_LEN, WAIT_S, Client
 
@@ -138,6 +139,27 @@ def test_the_new_core_computes_texts_in_small_chunks_while_others_decode(
     client.submit(*range(39, 0, -1), max_tokens=2, ignore_eos=True)
     client.wait_all()
     assert max(core.step_sizes) == 39, "nobody decodes beside it any more"
+
+
+def test_what_steps_cost_is_timed_between_the_steps_that_follow(client: Client) -> None:
+    free = _slow(client)
+    seq_ids = _run_some(client, count=4)
+    core = FakeCore(100)
+    done = client.engine.switch(core, _settings(), speculation=Speculation(mode="ngram"))
+    free()
+    done.result(WAIT_S)
+    free = _slow(client)
+    seq_ids.append(client.submit(1, 2, max_tokens=45, ignore_eos=True))
+    client.wait_for(lambda: len(client.output(seq_ids[-1])) > 12)
+    known = [size for size, _ in client.engine.speculation().result(WAIT_S).step_s]
+    assert client.reason(seq_ids[-1]) is None, "asked too late: an idle engine times the rest"
+    assert {1, 2, 4, 8, 16, 5, 3, 6, 12} <= set(known), "a size was left out"
+    free()
+    client.wait_all()
+    for seq_id in seq_ids:
+        client.assert_exact(seq_id)
+    client.wait_idle()
+    client.assert_all_free()
 
 
 def test_a_core_whose_steps_fail_gives_all_sequences_back(client: Client) -> None:
