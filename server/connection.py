@@ -66,8 +66,12 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if self._request_count != num_requests:
             self._headers_since_s = None
-        elif data and not self._request_in_progress and self._headers_since_s is None:
+        elif data and self._headers_since_s is None and self._awaits_headers():
             self._headers_since_s = time.monotonic()
+
+    def _awaits_headers(self) -> bool:
+        """Whether what comes now is no body, not even of a request that is about to be handled."""
+        return self._waiter is not None and not self._waiter.done()
 
     def check(self, now_s: float, header_timeout_s: float, stalled_reader_s: float) -> None:
         """Close the connection if its client has been standing still for too long."""

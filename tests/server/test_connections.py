@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.server.fake_engine import MODEL, Served, run, serve
+from server.connection import CONNECTIONS
+from tests.server.fake_engine import MODEL, FakeEngine, Served, run, serve, wait_for
 
 TEXT = "/v1/completions"
 BODY = {"model": MODEL, "prompt": "hi", "max_tokens": 2}
@@ -73,6 +74,25 @@ def test_a_second_request_on_a_connection_has_its_own_time() -> None:
             assert answer.count(b"200 OK") == 3
             assert b"408 Request Timeout" in answer
             assert took_s > 1.6
+
+    run(main())
+
+
+def test_a_body_right_behind_its_headers_is_not_taken_for_headers_that_drip() -> None:
+    async def main() -> None:
+        async with serve(FakeEngine(step_s=0.1), header_timeout_s=0.5) as served:
+            connections = served.app[CONNECTIONS]
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+            await wait_for(lambda: len(connections) == 1)
+            (connection,) = connections
+            data = json.dumps(BODY | {"max_tokens": 15}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            # As where both were read before the handler could begin.
+            connection.data_received(head + b"Content-Length: %d\r\n\r\n" % len(data))
+            connection.data_received(data)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+            assert answer == b"HTTP/1.1 200 OK\r\n"
+            writer.close()
 
     run(main())
 
