@@ -33,7 +33,7 @@ SEED_WEIGHT = 2.0  # times that a calibrated one counts as: it was taken in one 
 BETWEEN_SEEDS_WEIGHT = 0.5
 # Where times scatter by more than this, they say little of the few percent that a token more takes:
 # the calibration, which takes the least of several, then counts for more.
-QUIET = 0.02
+QUIET = 0.05
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 100.0
 LEAST_WEIGHT = 0.01
