@@ -105,7 +105,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         default=sorted({1, cores}),
         help="default: 1 and the physical cores",
     )
-    add("--isa", choices=("avx512", "avx2", "portable"), default=fulcrum_core.detect_isa())
+    add("--isa", choices=fulcrum_core.isas(), default=fulcrum_core.detect_isa())
     add(
         "--set-mib",
         type=_positive,

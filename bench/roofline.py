@@ -19,10 +19,8 @@ from engine.config import QUANTIZATIONS
 
 FORMATS = tuple("bf16" if level == "none" else level for level in QUANTIZATIONS[1:])
 USUAL_FORMATS = ("bf16", "int8", "int4")
-PEAKS = ("float32", "int8", "int4")
-_FORMAT_PEAK = {
-    name: "float32" if name in ("bf16", "fp8") else name.split("-")[0] for name in FORMATS
-}
+PEAKS = ("bf16", "int8", "int4")
+_FORMAT_PEAK = {name: "bf16" if name in ("bf16", "fp8") else name.split("-")[0] for name in FORMATS}
 
 _MIB = 1 << 20
 SMALL_SET_BYTES = 96 * _MIB  # about the weights of a small model in int4

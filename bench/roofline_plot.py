@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from bench.roofline import FORMATS, USUAL_FORMATS, Case, Limits
 
 _COLORS = {name: f"C{i}" for i, name in enumerate(dict.fromkeys((*USUAL_FORMATS, *FORMATS)))}
-_PEAK_COLORS = {"float32": "tab:blue", "int8": "tab:orange", "int4": "tab:green"}
+_PEAK_COLORS = {"bf16": "tab:blue", "int8": "tab:orange", "int4": "tab:green"}
 _MARKERS = "os^Dv"
 
 

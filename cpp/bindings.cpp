@@ -147,6 +147,9 @@ void bind_model(py::module_& m) {
 
 PYBIND11_MODULE(fulcrum_core, m) {
   m.doc() = "Fulcrum's core: computes the step.";
+  m.def("isas", [] {
+    return std::vector<std::string>(std::begin(fulcrum::kIsas), std::end(fulcrum::kIsas));
+  });
   m.def("detect_isa", &fulcrum::detect_isa);
   fulcrum::bind_config(m);
   fulcrum::bind_model(m);

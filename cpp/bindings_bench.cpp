@@ -45,6 +45,7 @@ PeakLoops peak_loops(const char* isa) {
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx2") == 0) return peak_loops_avx2();
   if (std::strcmp(isa, "avx512") == 0) return peak_loops_avx512();
+  if (std::strcmp(isa, "avx512-bf16") == 0) return peak_loops_avx512_bf16();
 #endif
   return peak_loops_portable();
 }
@@ -129,11 +130,11 @@ double time_ring(BenchPool& pool, const PeakLoops& loops, const Ring& ring, int6
 std::pair<double, double> time_peak(const std::string& isa, const std::string& kind,
                                     BenchPool& pool, int64_t num_iterations) {
   const PeakLoops loops = peak_loops(checked_isa(isa));
-  PeakLoop loop = loops.float32;
+  PeakLoop loop = loops.bf16;
   if (kind == "int8" || kind == "int4") {
     loop = kind == "int8" ? loops.int8 : loops.int4;
   } else {
-    require(kind == "float32", "kind must be int8, int4 or float32");
+    require(kind == "bf16", "kind must be int8, int4 or bf16");
   }
   std::vector<double> operations(pool.num_threads());
   const double seconds =

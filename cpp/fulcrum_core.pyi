@@ -5,8 +5,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+def isas() -> list[str]:
+    """All instruction sets that there are kernels for; each includes the ones before it."""
+
 def detect_isa() -> str:
-    """Best instruction set of this machine: "avx512", "avx2" or "portable"."""
+    """The best of them that this machine has."""
 
 def dequantize(block_type: str, data: NDArray[np.uint8], num_values: int) -> NDArray[np.float32]:
     """Decode GGUF blocks ("F32", "F16", "BF16", "Q4_0", … "Q6_K", "Q8_0") to float32."""
@@ -220,7 +223,7 @@ class ThreadPool:
     def __init__(self, num_threads: int) -> None: ...
 
 def time_peak(isa: str, kind: str, pool: ThreadPool, num_iterations: int) -> tuple[float, float]:
-    """Run the peak loop "int8", "int4" or "float32" of cpp/cpu/peak.h on every thread: seconds, and
+    """Run the peak loop "int8", "int4" or "bf16" of cpp/cpu/peak.h on every thread: seconds, and
     the operations of all threads together."""
 
 def packed_bytes(isa: str, format: str, num_rows: int, num_cols: int) -> int:

@@ -16,23 +16,29 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 #endif
 
 }  // namespace
 
 const char* detect_isa() {
-  if (has_avx512()) return "avx512";
-  if (has_avx2()) return "avx2";
-  return "portable";
+  const char* best = kIsas[0];
+  for (const char* isa : kIsas) {
+    if (isa_supported(isa)) best = isa;
+  }
+  return best;
 }
 
 bool isa_supported(const char* isa) {
   if (std::strcmp(isa, "portable") == 0) return true;
   if (std::strcmp(isa, "avx2") == 0) return has_avx2();
   if (std::strcmp(isa, "avx512") == 0) return has_avx512();
+  if (std::strcmp(isa, "avx512-bf16") == 0) return has_avx512_bf16();
   return false;
 }
 

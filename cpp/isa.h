@@ -3,7 +3,11 @@
 
 namespace fulcrum {
 
-// Best of "avx512" (with VNNI), "avx2" (with FMA and F16C) and "portable".
+// All that there are, whatever this machine has; each includes the ones before it. "avx2" has FMA
+// and F16C, "avx512" VNNI.
+static constexpr const char* kIsas[] = {"portable", "avx2", "avx512", "avx512-bf16"};
+
+// The best one of this machine.
 const char* detect_isa();
 
 // Whether code compiled for `isa` runs here. False for an unknown name.

@@ -27,6 +27,8 @@ constexpr LinearKernels kPortable =
 constexpr LinearKernels kAvx2 = kernels_over<Lanes256>("avx2", true, quantize_rows_avx2, gemm_avx2);
 constexpr LinearKernels kAvx512 =
     kernels_over<Lanes512>("avx512", false, quantize_rows_avx2, gemm_avx512);
+constexpr LinearKernels kAvx512Bf16 =
+    kernels_over<Lanes512Pairs>("avx512-bf16", false, quantize_rows_avx2, gemm_avx512_bf16);
 #endif
 
 }  // namespace
@@ -35,6 +37,7 @@ const LinearKernels* linear_kernels(const char* isa) {
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx2") == 0) return &kAvx2;
   if (std::strcmp(isa, "avx512") == 0) return &kAvx512;
+  if (std::strcmp(isa, "avx512-bf16") == 0) return &kAvx512Bf16;
 #endif
   return std::strcmp(isa, "portable") == 0 ? &kPortable : nullptr;
 }

@@ -75,8 +75,8 @@ struct LinearKernels {
                int tile_begin, int tile_end, bool accumulate);
 };
 
-// The table of one instruction set ("portable", "avx2", "avx512"), or nullptr where this build
-// has none of that name. The caller checks that the machine supports it (isa.h).
+// The table of one instruction set (isa.h), or nullptr where this build has none of that name. The
+// caller checks that the machine supports it.
 const LinearKernels* linear_kernels(const char* isa);
 
 }  // namespace fulcrum

@@ -14,7 +14,9 @@ const VectorKernels* vector_kernels(const char* isa) {
   if (std::strcmp(isa, "portable") == 0) return &kVectorKernels_portable;
 #if defined(__x86_64__)
   if (std::strcmp(isa, "avx2") == 0) return &kVectorKernels_avx2;
-  if (std::strcmp(isa, "avx512") == 0) return &kVectorKernels_avx512;
+  if (std::strcmp(isa, "avx512") == 0 || std::strcmp(isa, "avx512-bf16") == 0) {
+    return &kVectorKernels_avx512;
+  }
 #endif
   return nullptr;
 }

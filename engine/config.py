@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     # Used where `speculation` is auto or theirs, which an apply may change.
     mtp_head: str | None = None  # folder that a head was trained into
     draft_model: str | None = None  # a smaller model that drafts, named as `model` is
-    isa: str | None = None  # force an instruction set ("portable", "avx2", "avx512"); for tests
+    isa: str | None = None  # force one of fulcrum_core.isas(); for tests
 
     def __post_init__(self) -> None:
         if self.quantization not in QUANTIZATIONS:

@@ -32,7 +32,6 @@ from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.errors import ChatTemplateError, TokenizerError
 from engine.tokenizer.protocol import Tokenizer
 
-_ISAS = ("portable", "avx2", "avx512")  # each includes the ones before it
 _SAMPLED_BYTES = 1 << 16  # at either end of a file, for the fingerprint
 _SAMPLED_TENSOR_BYTES = 1 << 12  # at the beginning of each tensor, likewise
 
@@ -191,7 +190,8 @@ def _isa(config: EngineConfig) -> str:
     best = fulcrum_core.detect_isa()
     if config.isa is None:
         return best
-    usable = _ISAS[: _ISAS.index(best) + 1]
+    isas = fulcrum_core.isas()
+    usable = isas[: isas.index(best) + 1]
     if config.isa not in usable:
         raise ConfigError(f"isa {config.isa}: this machine has {', '.join(usable)}")
     return config.isa

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fulcrum_core
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -245,7 +246,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--quantization", default="auto", help=f"{', '.join(QUANTIZATIONS)} (%(default)s)")
     add("--kv-dtype", default="auto", help="auto, bf16 or int8 (%(default)s)")
     add("--threads", type=_at_least(1), help="of the core; default: physical cores")
-    add("--isa", help="force an instruction set: portable, avx2 or avx512")
+    add("--isa", help=f"force an instruction set: {', '.join(fulcrum_core.isas())}")
     add("--json", type=Path, help="write the figures to this file as well")
     return parser.parse_args(arguments)
 

@@ -1,6 +1,7 @@
 // Linear layers of the float formats for x86-64 with AVX-512: 16 output channels, a tile, in the
 // lanes of a register. Compiled with ISA flags, so everything but the entry point is local to the
-// file. Weights are widened and multiplied in float: vdpbf16ps would round the activations.
+// file. Weights are widened and multiplied in float; with AVX512-BF16, linear_avx512_bf16.cpp is
+// used instead.
 #include "cpu/linear_isa.h"
 #include "cpu/linear_tiles.h"
 #include "cpu/tile_avx512.h"

@@ -24,4 +24,8 @@ void gemm_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, i
 void gemm_float_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                        int tile_begin, int tile_end, bool accumulate);  // of gemm_avx512
 
+// The float formats by vdpbf16ps, the others by gemm_avx512.
+void gemm_avx512_bf16(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+                      int tile_begin, int tile_end, bool accumulate);
+
 }  // namespace fulcrum

@@ -135,6 +135,7 @@ void gemm_floats(int K, const Activations& x, int T, float* y, int64_t ld_y, int
     }
   }
 }
+
 // The float formats, whose tiles are those of Lanes512.
 void gemm_float_tiles(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                       int tile_begin, int tile_end, bool accumulate) {
@@ -142,7 +143,8 @@ void gemm_float_tiles(const PackedMatrix& w, const Activations& x, int T, float*
     const int channels = std::min(kTileChannels, w.N - tile * kTileChannels);
     float* out = y + tile * kTileChannels;
     if (w.format == Format::kFp8) {
-      const Fp8Tile* from = reinterpret_cast<const Fp8Tile*>(w.data + tile * fp8_tile_bytes(w.K));
+      const Fp8Tile* from =
+          reinterpret_cast<const Fp8Tile*>(w.data + tile * fp8_tile_bytes<Lanes512>(w.K));
       gemm_floats(w.K, x, T, out, ld_y, channels, from->scales, accumulate,
                   [=](int k, int c) { return e4m3_to_half_scale(from->rows()[k].values[c]); });
     } else {

@@ -19,7 +19,7 @@ using PeakLoop = double (*)(int64_t num_iterations);
 struct PeakLoops {
   PeakLoop int8;  // exact products of 8-bit weights and activations, added in 32 bits
   PeakLoop int4;  // the same with 4-bit weights, where the instruction set gains from that
-  PeakLoop float32;
+  PeakLoop bf16;  // bf16 weights, widened before, times floats where nothing multiplies pairs
 
   // Reads num_bytes (a multiple of kReadMultiple, 64-byte aligned) and returns a value that depends
   // on all of them, so that no load can be left out.
@@ -29,5 +29,6 @@ struct PeakLoops {
 PeakLoops peak_loops_portable();
 PeakLoops peak_loops_avx2();
 PeakLoops peak_loops_avx512();
+PeakLoops peak_loops_avx512_bf16();
 
 }  // namespace fulcrum

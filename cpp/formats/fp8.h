@@ -2,9 +2,9 @@
 // output channel. A little over 8 bits a weight; activations stay float, as with bf16.
 //
 // Tile layout, portable code included: the 16 scales, then for every k the 16 channels of a tile in
-// order (16 bytes). Shifted into place, the bits of an e4m3 are those of an fp16 that is 256 times
-// smaller, subnormals included, so that the conversion of fp16 decodes them exactly. The stored
-// scales hold that factor, a power of two.
+// order (16 bytes); in Lanes512Pairs pairs of k, as with bf16. Shifted into place, the bits of an
+// e4m3 are those of an fp16 that is 256 times smaller, subnormals included, so that the conversion
+// of fp16 decodes them exactly. The stored scales hold that factor, a power of two.
 #pragma once
 
 #include <bit>
@@ -28,7 +28,14 @@ struct Fp8Tile {
   const Fp8TileRow* rows() const { return reinterpret_cast<const Fp8TileRow*>(this + 1); }
 };
 
-inline int64_t fp8_tile_bytes(int K) { return sizeof(Fp8Tile) + int64_t{K} * sizeof(Fp8TileRow); }
+template <typename Lanes>
+int64_t fp8_tile_bytes(int K) {
+  return sizeof(Fp8Tile) + num_tile_rows(Lanes{}, K) * sizeof(Fp8TileRow);
+}
+
+inline TilePlace fp8_place(Lanes256, int channel, int k) { return place_in_order(channel, k); }
+inline TilePlace fp8_place(Lanes512, int channel, int k) { return place_in_order(channel, k); }
+inline TilePlace fp8_place(Lanes512Pairs, int channel, int k) { return place_in_pairs(channel, k); }
 
 // Rounds to nearest even; beyond the range it gives the largest value. NaN becomes that, too.
 inline uint8_t float_to_e4m3(float value) {

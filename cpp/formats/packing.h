@@ -1,8 +1,8 @@
 // Packs rows of weights for the layout of an instruction set, and decodes them: portable code, so
 // that any machine can pack for any instruction set. Included by linear.cpp only.
 //
-// A Layout is Lanes256, Lanes512 or PortableLayout. Of the float formats the portable code reads
-// the tiles of Lanes512.
+// A Layout is Lanes256, Lanes512, Lanes512Pairs or PortableLayout. Of the float formats the
+// portable code reads the tiles of Lanes512.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +22,9 @@ struct PortableLayout {};
 template <typename Layout>
 constexpr bool kTiled = !std::is_same_v<Layout, PortableLayout>;
 
+template <typename Layout>
+using FloatLanes = std::conditional_t<kTiled<Layout>, Layout, Lanes512>;
+
 int num_tiles(int N) { return (N + kTileChannels - 1) / kTileChannels; }
 
 template <typename Layout, int kGroups, bool kHasMinimum>
@@ -34,9 +37,9 @@ int64_t unit_bytes(Format format, int K) {
   const int64_t groups = num_groups(K);
   switch (format) {
     case Format::kBf16:
-      return K * int64_t{sizeof(Bf16TileRow)};
+      return num_tile_rows(FloatLanes<Layout>{}, K) * int64_t{sizeof(Bf16TileRow)};
     case Format::kFp8:
-      return fp8_tile_bytes(K);
+      return fp8_tile_bytes<FloatLanes<Layout>>(K);
     case Format::kInt8:
       return groups * int64_t{kTiled<Layout> ? sizeof(Int8Tile) : sizeof(Int8Group)};
     case Format::kInt8Channel:
@@ -128,16 +131,19 @@ void pack_int8_channel_row(const Row& row, int K, int channel, uint8_t* unit) {
   }
 }
 
-inline void pack_fp8_row(const Row& row, int K, int channel, uint8_t* unit) {
+template <typename Lanes>
+void pack_fp8_row(const Row& row, int K, int channel, uint8_t* unit) {
   Fp8Tile* tile = reinterpret_cast<Fp8Tile*>(unit);
   tile->scales[channel] = row.scales[0] * kFp8ToHalf;
-  for (int k = 0; k < K; ++k) tile->rows()[k].values[channel] = row.quants[k];
+  for (int k = 0; k < K; ++k) {
+    const TilePlace place = fp8_place(Lanes{}, channel, k);
+    tile->rows()[place.row].values[place.slot] = row.quants[k];
+  }
 }
 
 template <typename Layout>
 void pack(Format format, int, int K, int row_begin, int row_end, const float* values,
           const uint8_t* quants, const float* scales, const float* minima, uint8_t* out) {
-  using FloatLanes = std::conditional_t<kTiled<Layout>, Layout, Lanes512>;
   // Channels beyond N must be zero, and nibbles are set by or.
   uint8_t* begin = unit_of<Layout>(format, K, row_begin, out);
   std::memset(begin, 0, packed_bytes<Layout>(format, row_end - row_begin, K));
@@ -149,10 +155,10 @@ void pack(Format format, int, int K, int row_begin, int row_end, const float* va
     uint8_t* unit = unit_of<Layout>(format, K, n, out);
     switch (format) {
       case Format::kBf16:
-        pack_bf16<FloatLanes>(row.values, K, channel, reinterpret_cast<Bf16TileRow*>(unit));
+        pack_bf16<FloatLanes<Layout>>(row.values, K, channel, reinterpret_cast<Bf16TileRow*>(unit));
         break;
       case Format::kFp8:
-        pack_fp8_row(row, K, channel, unit);
+        pack_fp8_row<FloatLanes<Layout>>(row, K, channel, unit);
         break;
       case Format::kInt8:
         pack_int8_row<Layout>(row, K, channel, unit);
@@ -231,21 +237,25 @@ void unpack_int8_channel_row(const uint8_t* unit, int K, int channel, float* out
   });
 }
 
+template <typename Lanes>
+void unpack_fp8_row(const uint8_t* unit, int K, int channel, float* out) {
+  const Fp8Tile* tile = reinterpret_cast<const Fp8Tile*>(unit);
+  for (int k = 0; k < K; ++k) {
+    const TilePlace place = fp8_place(Lanes{}, channel, k);
+    out[k] = e4m3_to_half_scale(tile->rows()[place.row].values[place.slot]) * tile->scales[channel];
+  }
+}
+
 template <typename Layout>
 void unpack_row(const PackedMatrix& w, int row, float* out) {
-  using FloatLanes = std::conditional_t<kTiled<Layout>, Layout, Lanes512>;
   const int channel = row % kTileChannels;
   const uint8_t* unit = unit_of<Layout>(w.format, w.K, row, w.data);
   switch (w.format) {
     case Format::kBf16:
-      return unpack_bf16<FloatLanes>(reinterpret_cast<const Bf16TileRow*>(unit), w.K, channel, out);
-    case Format::kFp8: {
-      const Fp8Tile* tile = reinterpret_cast<const Fp8Tile*>(unit);
-      for (int k = 0; k < w.K; ++k) {
-        out[k] = e4m3_to_half_scale(tile->rows()[k].values[channel]) * tile->scales[channel];
-      }
-      return;
-    }
+      return unpack_bf16<FloatLanes<Layout>>(reinterpret_cast<const Bf16TileRow*>(unit), w.K,
+                                             channel, out);
+    case Format::kFp8:
+      return unpack_fp8_row<FloatLanes<Layout>>(unit, w.K, channel, out);
     case Format::kInt8:
       return unpack_int8_row<Layout>(unit, w.K, channel, out);
     case Format::kInt8Channel:

@@ -197,9 +197,11 @@ def _matrix_format(slot: str, block_type: str, quantization: Quantization) -> st
         return "bf16"
     if quantization == "auto":
         return _FORMAT_OF_BLOCK_TYPE[block_type]
-    if quantization.startswith("int4") and slot in ("embedding", "output"):
-        # Rounding these costs more quality than all other matrices together.
-        return quantization if (block_type, quantization) in _EXACT else "int8"
+    if slot in ("embedding", "output") and (block_type, quantization) not in _EXACT:
+        # Rounding these costs about as much quality as all other matrices together; int8 rounds
+        # least. Perplexity of SmolLM2-135M with and without it: fp8 20.58, 20.98; int8-channel
+        # 20.15, 20.17.
+        return "int8"
     return quantization
 
 

@@ -20,14 +20,18 @@ from engine.speculation.load import choose_head
 
 # Drafters that this build holds, by technique; the others are judged but cannot be chosen.
 BUILT_DRAFTERS = frozenset(("ngram", "mtp", "draft"))
-# Levels that are asked for, built or not.
-_LEVELS = tuple(dict.fromkeys((*get_args(Quantization), "fp8")))
-_LEVEL_MEANING = {
+_LEVEL_MEANING: dict[Quantization, str] = {
     "auto": "each matrix at about its own size in the file",
     "none": "bf16",
-    "int8": "8 bits and a scale a group",
-    "int4": "4 bits, a scale and a minimum a group",
-    "fp8": "8-bit floats",
+    "fp8": "8-bit floats (e4m3), a scale a channel",
+    "int8": "8 bits, a scale for 32 weights",
+    "int8-channel": "8 bits, a scale a channel",
+    "int4": "4 bits, a scale and a minimum for 32 weights",
+    "int4-g64": "4 bits, a scale and a minimum for 64 weights",
+    "int4-g128": "4 bits, a scale and a minimum for 128 weights",
+    "int4-sym": "4 bits, a scale for 32 weights",
+    "int4-sym-g64": "4 bits, a scale for 64 weights",
+    "int4-sym-g128": "4 bits, a scale for 128 weights",
 }
 _MTP_MARKS = (".mtp.", "mtp.", "nextn", ".eh_proj", "multi_token")
 
@@ -67,20 +71,7 @@ def _weight_levels(headers: ModelHeaders, config: EngineConfig) -> list[Techniqu
     stored = Counter(tensor.block_type for tensor in checkpoint.tensors.values())
     types = ", ".join(f"{name} ({count})" for name, count in stored.most_common(4))
     rows = []
-    for level in _LEVELS:
-        name = "weights bf16" if level == "none" else f"weights {level}"
-        if level not in get_args(Quantization):
-            rows.append(
-                Technique(
-                    name=name,
-                    kind="weights",
-                    qualified=False,
-                    enabled=False,
-                    evidence=f"{_LEVEL_MEANING[level]}: this build has no kernel for it",
-                    needs=f"a build with {level} kernels",
-                )
-            )
-            continue
+    for level, meaning in _LEVEL_MEANING.items():
         changed = msgspec.structs.replace(config, quantization=level)
         plan = plan_deployment(
             changed,
@@ -91,10 +82,9 @@ def _weight_levels(headers: ModelHeaders, config: EngineConfig) -> list[Techniqu
             num_threads=headers.num_threads,
             available_bytes=1 << 60,
         )
-        meaning = _LEVEL_MEANING.get(level, level)
         rows.append(
             Technique(
-                name=name,
+                name="weights bf16" if level == "none" else f"weights {level}",
                 kind="weights",
                 qualified=True,
                 enabled=config.quantization == level,
@@ -196,7 +186,7 @@ def _hardware(headers: ModelHeaders) -> list[Technique]:
             needs=None if headers.num_threads <= cores else f"--threads {cores}",
         )
     ]
-    order = ("portable", "avx2", "avx512")
+    order = fulcrum_core.isas()
     for isa in order:
         has_it = order.index(isa) <= order.index(best)
         rows.append(

@@ -54,7 +54,7 @@ def test_the_machine_and_its_limits_are_given_for_each_number_of_threads(
         assert limits["memory_gb_per_s"] > 0
         assert limits["small_set_gb_per_s"] > 0
         assert (limits["l3_gb_per_s"] is None) == (machine["l3_bytes"] is None)
-        assert set(limits["peak_gop_per_s"]) == {"float32", "int8", "int4"}
+        assert set(limits["peak_gop_per_s"]) == {"bf16", "int8", "int4"}
         assert min(limits["peak_gop_per_s"].values()) > 0
 
 
@@ -81,7 +81,7 @@ def test_the_share_is_that_of_the_tighter_limit(document: dict[str, Any]) -> Non
         assert case["bound"] == ("memory" if of_memory > of_compute else "compute")
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", fulcrum_core.isas())
 def test_a_kernel_stays_below_a_generous_multiple_of_the_peak(isa: str, tmp_path: Path) -> None:
     """The peak loops must not be optimised away, nor count operations that they do not do."""
     try:

@@ -11,11 +11,21 @@
 #include <cstdint>
 #include <cstring>
 
+#include "formats/float16.h"
+
 inline __m512i emulated_cvtepu16_epi32(__m256i values) {
   uint16_t in[16];
   int32_t out[16];
   std::memcpy(in, &values, sizeof(in));
   for (int i = 0; i < 16; ++i) out[i] = in[i];
+  return _mm512_loadu_si512(out);
+}
+
+inline __m512i emulated_cvtepu8_epi16(__m256i values) {
+  uint8_t in[32];
+  int16_t out[32];
+  std::memcpy(in, &values, sizeof(in));
+  for (int i = 0; i < 32; ++i) out[i] = in[i];
   return _mm512_loadu_si512(out);
 }
 
@@ -69,17 +79,55 @@ inline float emulated_reduce_max_ps(__m512 values) {
   return *std::max_element(in, in + 16);
 }
 
+// Subnormal values count as zero in the instructions of AVX512-BF16, and results that would be
+// subnormal become zero.
+inline float without_subnormals(float value) {
+  return std::fpclassify(value) == FP_SUBNORMAL ? std::copysign(0.0f, value) : value;
+}
+
+inline __m512bh emulated_cvtne2ps_pbh(__m512 high, __m512 low) {
+  float in[32];
+  uint16_t out[32];
+  _mm512_storeu_ps(in, low);
+  _mm512_storeu_ps(in + 16, high);
+  for (int i = 0; i < 32; ++i) out[i] = fulcrum::float_to_bf16(without_subnormals(in[i]));
+  return (__m512bh)_mm512_loadu_si512(out);
+}
+
+// As Intel's manual describes the operation: the odd product first, each addition rounded.
+inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
+  uint16_t left[32], right[32];
+  float out[16];
+  _mm512_storeu_si512(left, (__m512i)a);
+  _mm512_storeu_si512(right, (__m512i)b);
+  _mm512_storeu_ps(out, sums);
+  const auto value = [](uint16_t bits) { return without_subnormals(fulcrum::bf16_to_float(bits)); };
+  for (int i = 0; i < 16; ++i) {
+    for (int part = 1; part >= 0; --part) {
+      const float x = value(left[i * 2 + part]), y = value(right[i * 2 + part]);
+      out[i] = without_subnormals(std::fma(x, y, without_subnormals(out[i])));
+    }
+  }
+  return _mm512_loadu_ps(out);
+}
+
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepu8_epi16
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtps_epi32
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
+#undef _mm512_cvtne2ps_pbh
+#undef _mm512_dpbf16_ps
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
+#define _mm512_cvtepu8_epi16(a) emulated_cvtepu8_epi16(a)
 #define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
 #define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)
 #define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
 #define _mm512_cvtps_epi32(a) emulated_cvtps_epi32(a)
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a) emulated_reduce_max_ps(a)
+#define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
+#define _mm512_dpbf16_ps(a, b, c) emulated_dpbf16_ps(a, b, c)

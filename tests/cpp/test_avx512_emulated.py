@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.cpp.bf16 import multiplied
+
 HERE = Path(__file__).parent
 CPP = HERE.parent.parent / "cpp"
 FORMATS = {
@@ -22,6 +24,9 @@ FORMATS = {
          "int4-sym-g64", "int4-sym-g128")
     )
 }  # fmt: skip
+# Those that avx512-bf16 computes by itself, and one that it leaves to avx512.
+KERNELS = [("avx512", name) for name in FORMATS]
+KERNELS += [("avx512-bf16", name) for name in ("bf16", "fp8", "int8")]
 KV_DTYPES = {"bf16": 0, "int8": 1}
 GROUP = 32
 TILE = 16
@@ -33,6 +38,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     units = [
         (CPP / "cpu" / "linear_avx512.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx512_float.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "linear_avx512_bf16.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_avx2_float.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "activations_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
@@ -115,44 +121,41 @@ def activations(rows: int, cols: int) -> np.ndarray:
     return rng.standard_normal((rows, cols)).astype(np.float32)
 
 
-SHAPES = [(1, 1), (16, 32), (17, 33), (63, 100), (80, 288)]
+SHAPES = [(1, 1), (16, 32), (17, 33), (63, 100), (80, 288), (33, 559)]
+kernels = pytest.mark.parametrize(("isa", "format"), KERNELS)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@kernels
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_emulated_avx512_equals_portable_within_rounding(library, format, shape):
+def test_emulated_avx512_equals_portable_within_rounding(library, isa, format, shape):
     weights = Weights(format, *shape)
     for num_tokens in (1, 2, 3, 7, 8, 9, 19):
         x = activations(num_tokens, weights.cols)
-        expected = gemm(library, "portable", weights, x)
-        np.testing.assert_allclose(
-            gemm(library, "avx512", weights, x), expected, rtol=1e-5, atol=1e-4
-        )
+        expected = gemm(library, "portable", weights, multiplied(isa, format, x))
+        np.testing.assert_allclose(gemm(library, isa, weights, x), expected, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_emulated_avx512_decodes_the_same_weights(library, format):
+@kernels
+def test_emulated_avx512_decodes_the_same_weights(library, isa, format):
     weights = Weights(format, 35, 75)
     decoded = {}
-    for isa in ("portable", "avx2", "avx512"):
-        decoded[isa] = np.full((35, 75), np.nan, np.float32)
+    for name in ("portable", "avx2", isa):
+        decoded[name] = np.full((35, 75), np.nan, np.float32)
         library.unpack(
-            isa.encode(), weights.format, 35, 75, *weights.arguments(), pointer(decoded[isa])
+            name.encode(), weights.format, 35, 75, *weights.arguments(), pointer(decoded[name])
         )
-    np.testing.assert_array_equal(decoded["avx512"], decoded["portable"])
+    np.testing.assert_array_equal(decoded[isa], decoded["portable"])
     np.testing.assert_array_equal(decoded["avx2"], decoded["portable"])
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_emulated_avx512_row_is_identical_for_any_batch_and_tile_range(library, format):
-    weights = Weights(format, 83, 130)
-    x = activations(21, 130)
-    whole = gemm(library, "avx512", weights, x)
+@kernels
+def test_emulated_avx512_row_is_identical_for_any_batch_and_tile_range(library, isa, format):
+    weights = Weights(format, 83, 131)
+    x = activations(21, 131)
+    whole = gemm(library, isa, weights, x)
     for row in range(21):
-        np.testing.assert_array_equal(
-            gemm(library, "avx512", weights, x[row : row + 1])[0], whole[row]
-        )
-    parts = [gemm(library, "avx512", weights, x, tiles=t) for t in ((0, 1), (1, 4), (4, 6))]
+        np.testing.assert_array_equal(gemm(library, isa, weights, x[row : row + 1])[0], whole[row])
+    parts = [gemm(library, isa, weights, x, tiles=t) for t in ((0, 1), (1, 4), (4, 6))]
     np.testing.assert_array_equal(sum(parts), whole)
 
 
@@ -168,12 +171,36 @@ def test_emulated_avx512_does_not_saturate(library, format):
     )
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_emulated_avx512_accumulates(library, format):
+@kernels
+def test_emulated_avx512_accumulates(library, isa, format):
     weights = Weights(format, 21, 64)
     x, y = activations(5, 64), activations(5, 21)
-    alone = gemm(library, "avx512", weights, x)
-    np.testing.assert_array_equal(gemm(library, "avx512", weights, x, y), y + alone)
+    alone = gemm(library, isa, weights, x)
+    np.testing.assert_array_equal(gemm(library, isa, weights, x, y), y + alone)
+
+
+def test_emulated_pairs_of_bf16_multiply_every_e4m3_value_exactly(library):
+    weights = Weights("fp8", 16, 16)
+    weights.quants[:, :16] = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    weights.quants[weights.quants & 127 == 127] = 0
+    one = np.eye(16, dtype=np.float32)
+    results = [gemm(library, isa, weights, one) for isa in ("portable", "avx512-bf16")]
+    assert np.count_nonzero(results[0]) == 252  # subnormal values of e4m3 included
+    np.testing.assert_array_equal(results[1], results[0])
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_emulated_pairs_of_bf16_round_once_and_keep_neighbours_apart(library, format):
+    weights = Weights(format, 20, 65)
+    x = activations(5, 65)
+    whole = gemm(library, "avx512-bf16", weights, x)
+    assert not np.array_equal(whole, gemm(library, "avx512", weights, x))
+    x[1], x[3, 7] = 0, np.nan
+    x[4] = np.float32(1e-39)  # subnormal: vdpbf16ps takes it as zero
+    result = gemm(library, "avx512-bf16", weights, x)
+    np.testing.assert_array_equal(result[[0, 2]], whole[[0, 2]])
+    assert not result[[1, 4]].any()
+    assert np.isnan(result[3]).all()
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 100])

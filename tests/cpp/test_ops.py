@@ -5,13 +5,12 @@ import fulcrum_core as core
 import numpy as np
 import pytest
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = core.isas()
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
-    order = ["portable", "avx2", "avx512"]
-    if order.index(request.param) > order.index(core.detect_isa()):
+    if ISAS.index(request.param) > ISAS.index(core.detect_isa()):
         pytest.skip(f"this machine has no {request.param}")
     return str(request.param)
 

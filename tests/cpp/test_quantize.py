@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
+from tests.cpp.bf16 import rounded_to_bf16
+
 BLOCKS = {  # values, bytes
     "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q4_0": (32, 18), "Q4_1": (32, 20),
     "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84), "Q3_K": (256, 110),
@@ -191,9 +193,7 @@ def test_bf16_rounds_to_nearest_even():
     values = np.random.default_rng(5).standard_normal((3, 70)).astype(np.float32)
     values[0, :2] = np.array([0x3F808000, 0x3F818000], np.uint32).view(np.float32)  # ties
     result = requantize_floats("bf16", values)
-    bits = values.view(np.uint32).astype(np.uint64)
-    expected = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32)
-    np.testing.assert_array_equal(result.view(np.uint32), expected)
+    np.testing.assert_array_equal(result, rounded_to_bf16(values))
 
 
 @pytest.mark.parametrize("format", FORMATS)

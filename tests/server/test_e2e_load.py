@@ -45,7 +45,8 @@ def test_preemption_under_64_requests_changes_no_text(
     # the third has to come from others.
     bodies = [body(index, 60) for index in range(64)]
     roomy = [response.json()["choices"][0]["text"] for response in post_all(server, bodies)]
-    options = ("--max-model-len", "128", "--kv-memory", "20MB")
+    # With so little memory the last of them would wait longer than admission lets them.
+    options = ("--max-model-len", "128", "--kv-memory", "20MB", "--max-ttft-s", "3600")
     small = start_server(*NAME, *options)
     answers = post_all(small, bodies)
     assert [answer.status_code for answer in answers] == [200] * 64

@@ -296,6 +296,35 @@ def test_a_device_in_trouble_sheds_what_waits_beyond_its_share() -> None:
     run(main())
 
 
+def test_who_waits_as_it_was_told_is_known_again_by_its_body_whatever_its_headers_say() -> None:
+    """A call of its own after a 429 has another id, and an SDK counts its attempts from 0."""
+
+    async def main() -> None:
+        engine = FakeEngine(step_s=0.01, max_sequences=1)
+        async with serve(engine, max_sequences=1, max_queue=1) as served:
+            client = served.app[CLIENT]
+            await warm(served)
+            busy = [
+                asyncio.create_task(served.post(PATH, BODY | {"max_tokens": 50})) for _ in range(2)
+            ]
+            await wait_for(lambda: client.num_open == 2)
+            wait_s = None
+            for number in range(2):
+                headers = {"x-request-id": f"id-{number}", "x-stainless-retry-count": "0"}
+                async with served.http.post(
+                    served.url + PATH, json=BODY | {"seed": 1}, headers=headers
+                ) as response:
+                    if number == 0:
+                        assert response.status == 429
+                        wait_s = int(response.headers["retry-after-ms"]) / 1000
+                        await asyncio.sleep(wait_s)
+            assert wait_s is not None
+            assert [seen.was_promised for seen in client.gate.decisions()[:2]] == [True, False]
+            await asyncio.gather(*busy)
+
+    run(main())
+
+
 def test_refusals_say_when_to_come_again_and_telemetry_says_why() -> None:
     async def main() -> None:
         engine = FakeEngine(step_s=0.01, max_sequences=1)

@@ -129,8 +129,8 @@ def test_the_head_may_be_tied_by_the_config_or_by_its_absence() -> None:
         ("Q4_0", "int4-sym", "int4-sym", "int4-sym"),
         ("Q4_1", "int4-sym-g64", "int4-sym-g64", "int8"),
         ("Q4_1", "int4-g128", "int4-g128", "int8"),
-        ("BF16", "int8-channel", "int8-channel", "int8-channel"),
-        ("BF16", "fp8", "fp8", "fp8"),
+        ("BF16", "int8-channel", "int8-channel", "int8"),
+        ("BF16", "fp8", "fp8", "int8"),
     ],
 )
 def test_formats_follow_the_block_type_or_the_option(

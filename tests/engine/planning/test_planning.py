@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from engine.checkpoint.cache import cache_folder
-from engine.config import ConfigError, EngineConfig
+from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
@@ -100,6 +100,8 @@ def test_each_technique_has_evidence_or_says_what_it_needs(
     assert not rows["KV bf16"].enabled
     assert "no head was trained" in rows["speculation mtp"].evidence
     assert rows["speculation ngram"].setting == {"speculation": "ngram"}
+    levels = [row.setting for row in rows.values() if row.kind == "weights" and row.qualified]
+    assert levels == [{"quantization": level} for level in QUANTIZATIONS]
 
 
 def test_a_model_in_the_cache_that_could_draft_is_found(
