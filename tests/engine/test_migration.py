@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine import scheduler
+from engine import runner, scheduler
 from engine.migration import SwitchError
 from engine.runner import EngineSettings
 from engine.speculation.setup import Speculation
@@ -141,7 +141,10 @@ def test_the_new_core_computes_texts_in_small_chunks_while_others_decode(
     assert max(core.step_sizes) == 39, "nobody decodes beside it any more"
 
 
-def test_what_steps_cost_is_timed_between_the_steps_that_follow(client: Client) -> None:
+def test_what_steps_cost_is_timed_between_the_steps_that_follow(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CALIBRATION_S", WAIT_S)  # enough for every size
     free = _slow(client)
     seq_ids = _run_some(client, count=4)
     core = FakeCore(100)
