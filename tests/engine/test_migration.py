@@ -153,10 +153,10 @@ def test_what_steps_cost_is_timed_between_the_steps_that_follow(
     done.result(WAIT_S)
     free = _slow(client)
     seq_ids.append(client.submit(1, 2, max_tokens=45, ignore_eos=True))
-    client.wait_for(lambda: len(client.output(seq_ids[-1])) > 12)
+    client.wait_for(lambda: len(client.output(seq_ids[-1])) > 35)
     known = [size for size, _ in client.engine.speculation().result(WAIT_S).step_s]
     assert client.reason(seq_ids[-1]) is None, "asked too late: an idle engine times the rest"
-    assert {1, 2, 4, 8, 16, 5, 3, 6, 12} <= set(known), "a size was left out"
+    assert {1, 2, 3, 4, 5, 6, 8} <= set(known), "a size was left out"
     free()
     client.wait_all()
     for seq_id in seq_ids:
