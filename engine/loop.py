@@ -217,7 +217,8 @@ class Engine:
 
     def _wait(self) -> bool:
         if not self._is_idle:
-            self._runner.end_calibration()
+            if self._runner.end_calibration():
+                self._report([], self._load())  # it held blocks until now
             self._scheduler.check_integrity()
             self._is_idle = True
         if self._stop_at_s is not None:
