@@ -207,7 +207,8 @@ class Engine:
 
     def _wait(self) -> bool:
         if not self._is_idle:
-            self._succession.runner.end_calibration()
+            if self._succession.runner.end_calibration():
+                self._report([])  # it held blocks until now
             self._succession.scheduler.check_integrity()
             self._is_idle = True
         if self._stop_at_s is not None:
