@@ -90,12 +90,6 @@ struct FloatKernel {
   }
 };
 
-template <typename Kernel>
-void gemm_tiles(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
-                int tile_begin, int tile_end, bool accumulate) {
-  TileLoops<Kernel>{w, x, y, ld_y, accumulate}.gemm(T, tile_begin, tile_end);
-}
-
 }  // namespace
 
 void gemm_float_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,

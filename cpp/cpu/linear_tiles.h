@@ -107,4 +107,12 @@ struct TileLoops {
   }
 };
 
+// All of `Kernel` for T rows and these tiles. Kernels are local to their file, and so is each of
+// these.
+template <typename Kernel>
+void gemm_tiles(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+                int tile_begin, int tile_end, bool accumulate) {
+  TileLoops<Kernel>{w, x, y, ld_y, accumulate}.gemm(T, tile_begin, tile_end);
+}
+
 }  // namespace fulcrum
