@@ -83,8 +83,8 @@ inline __attribute__((always_inline)) void dot_bytes(const uint8_t* quants,
 template <int kGroups, bool kHasMinimum>
 struct Int4Kernel {
   using Tile = Int4Tile<kGroups, kHasMinimum>;
-  static constexpr int kRows = 6;
-  static constexpr bool kPairsTiles = false;
+  static constexpr int kFewRows = 6, kBlockRows = 6, kBlockTiles = 1;
+  static constexpr int few_tiles(int) { return 1; }
   static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
   static int64_t row_bytes(int K) { return padded_k(K); }
 
@@ -153,8 +153,8 @@ struct Int4Kernel {
 template <typename Quants>
 struct Int8Kernel {
   static constexpr bool kPerChannel = std::is_same_v<Quants, Int8Quants>;
-  static constexpr int kRows = 6;
-  static constexpr bool kPairsTiles = false;
+  static constexpr int kFewRows = 6, kBlockRows = 6, kBlockTiles = 1;
+  static constexpr int few_tiles(int) { return 1; }
   static int64_t tile_bytes(int K) {
     return (kPerChannel ? sizeof(Int8ChannelTile) : 0) + num_groups(K) * int64_t{sizeof(Quants)};
   }

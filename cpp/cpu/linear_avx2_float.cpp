@@ -51,8 +51,8 @@ struct Fp8Decoder {
 template <typename Decoder>
 struct FloatKernel {
   using Row = typename Decoder::Row;
-  static constexpr int kRows = 4;
-  static constexpr bool kPairsTiles = true;
+  static constexpr int kFewRows = 4, kBlockRows = 4, kBlockTiles = 1;
+  static constexpr int few_tiles(int rows) { return rows < 3 ? 4 / rows : 1; }
   static int64_t tile_bytes(int K) {
     return Decoder::kHeaderBytes + int64_t{K} * static_cast<int64_t>(sizeof(Row));
   }

@@ -25,125 +25,162 @@ __m512i broadcast_four(const int8_t* values) {
   return _mm512_set1_epi32(four);
 }
 
-// dot += bytes of the tile times four activations of each of the rows. stride: between rows.
-template <int Rows>
-inline __attribute__((always_inline)) void dot_step(__m512i bytes, const int8_t* activations,
-                                                    int64_t stride, __m512i (&dots)[Rows]) {
+// Sums of products are kept as the bits of the float 1.5 * 2^23 + sum, which needs no conversion:
+// |sum| of a group is below 2^22.
+constexpr float kMagic = 12582912.0f;
+
+__m512i magic_bits() { return _mm512_castps_si512(_mm512_set1_ps(kMagic)); }
+
+// Four k of Tiles tiles times those of each row. stride: between rows.
+template <int Rows, int Tiles>
+inline __attribute__((always_inline)) void dot_step(const __m512i (&bytes)[Tiles],
+                                                    const int8_t* activations, int64_t stride,
+                                                    __m512i (&dots)[Tiles][Rows]) {
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
-    dots[r] = _mm512_dpbusd_epi32(dots[r], bytes, broadcast_four(activations + r * stride));
+    const __m512i four = broadcast_four(activations + r * stride);
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) dots[j][r] = _mm512_dpbusd_epi32(dots[j][r], bytes[j], four);
   }
 }
 
-// Channel sums of 32 products. dots: two chains, so that few rows do not wait for the latency.
-template <int Rows>
-inline __attribute__((always_inline)) void dot_nibbles(const uint8_t* quants,
+// A step of 64 bytes of a group: in the low nibbles step i, in the high ones step i + 4.
+template <int Rows, int Tiles>
+inline __attribute__((always_inline)) void dot_nibbles(const uint8_t* const (&quants)[Tiles],
                                                        const int8_t* activations, int64_t stride,
-                                                       __m512i (&dots)[2][Rows]) {
+                                                       __m512i (&dots)[Tiles][Rows]) {
   const __m512i mask = _mm512_set1_epi8(15);
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) dots[0][r] = dots[1][r] = _mm512_setzero_si512();
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    const __m512i bytes = _mm512_loadu_si512(quants + i * 64);
-    dot_step<Rows>(_mm512_and_si512(bytes, mask), activations + i * 4, stride, dots[0]);
-    dot_step<Rows>(_mm512_and_si512(_mm512_srli_epi16(bytes, 4), mask), activations + 16 + i * 4,
-                   stride, dots[1]);
+    __m512i bytes[Tiles];
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) {
+      bytes[j] = _mm512_and_si512(_mm512_loadu_si512(quants[j] + i * 64), mask);
+    }
+    dot_step<Rows, Tiles>(bytes, activations + i * 4, stride, dots);
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) {
+      bytes[j] =
+          _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(quants[j] + i * 64), 4), mask);
+    }
+    dot_step<Rows, Tiles>(bytes, activations + 16 + i * 4, stride, dots);
   }
 }
 
-template <int Rows>
-inline __attribute__((always_inline)) void dot_bytes(const uint8_t* quants,
+template <int Rows, int Tiles>
+inline __attribute__((always_inline)) void dot_bytes(const uint8_t* const (&quants)[Tiles],
                                                      const int8_t* activations, int64_t stride,
-                                                     __m512i (&dots)[2][Rows]) {
-#pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) dots[0][r] = dots[1][r] = _mm512_setzero_si512();
+                                                     __m512i (&dots)[Tiles][Rows]) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
-    dot_step<Rows>(_mm512_loadu_si512(quants + i * 64), activations + i * 4, stride, dots[i % 2]);
+    __m512i bytes[Tiles];
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) bytes[j] = _mm512_loadu_si512(quants[j] + i * 64);
+    dot_step<Rows, Tiles>(bytes, activations + i * 4, stride, dots);
   }
 }
 
-// dot - offset * sum, where both are integers below 2^24, so that their difference is exact.
-template <int Rows>
-inline __attribute__((always_inline)) __m512 shifted_dot(const __m512i (&dots)[2][Rows], int r,
-                                                         float offset, float sum) {
-  const __m512 dot = _mm512_cvtepi32_ps(_mm512_add_epi32(dots[0][r], dots[1][r]));
-  return _mm512_sub_ps(dot, _mm512_set1_ps(offset * sum));
+// kMagic + offset * sum: what is subtracted from the sums of products with weights that are stored
+// with an offset. All are integers below 2^24, so that the difference is exact.
+inline __attribute__((always_inline)) __m512 magic_offset(float offset, float sum) {
+  return _mm512_fmadd_ps(_mm512_set1_ps(sum), _mm512_set1_ps(offset), _mm512_set1_ps(kMagic));
 }
 
-template <int Rows>
-inline __attribute__((always_inline)) void store_rows(const TileOutput& out,
-                                                      const __m512 (&values)[Rows]) {
+// The int8 activations that a run reads.
+struct ActivationRows {
+  ActivationRows(const Activations& x, int K, int t)
+      : groups(num_groups(K)),
+        stride(int64_t{groups} * kGroupSize),
+        quantized(x.quantized + t * stride),
+        scales(x.scales + int64_t{t} * groups),
+        sums(x.sums + int64_t{t} * groups) {}
+  int groups;
+  int64_t stride;
+  const int8_t* quantized;
+  const float* scales;
+  const float* sums;
+};
+
+template <int Rows, int Tiles>
+inline __attribute__((always_inline)) void store_tiles(const TileOutput& out,
+                                                       const __m512 (&values)[Tiles][Rows]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < Tiles; ++j) {
 #pragma GCC unroll 8
-  for (int r = 0; r < Rows; ++r) {
-    store_row(out.y + r * out.ld_y, out.channels, out.accumulate, values[r]);
+    for (int r = 0; r < Rows; ++r) {
+      store_row(out.y + r * out.ld_y + j * kTileChannels, out.channels - j * kTileChannels,
+                out.accumulate, values[j][r]);
+    }
   }
 }
+
+// The register blocks: Rows * Tiles sums of products and as many results, and what a step needs.
+struct IntegerBlocks {
+  static constexpr int kFewRows = 8, kBlockRows = 6, kBlockTiles = 2;
+  static constexpr int few_tiles(int) { return 1; }
+  static int64_t row_bytes(int K) { return padded_k(K); }
+};
 
 template <int kGroups, bool kHasMinimum>
-struct Int4Kernel {
+struct Int4Kernel : IntegerBlocks {
   using Tile = Int4Tile<kGroups, kHasMinimum>;
-  static constexpr int kRows = 8;
-  static constexpr bool kPairsTiles = false;
   static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
-  static int64_t row_bytes(int K) { return padded_k(K); }
 
   template <int Rows, int Tiles, bool kStreams>
-  static void run(const uint8_t* data, int K, const Activations& x, int t, const TileOutput& out) {
-    static_assert(Tiles == 1);
-    const Tile* tile = reinterpret_cast<const Tile*>(data);
-    const int64_t next = tile_bytes(K);
-    const int groups = num_groups(K), scale_groups = num_scales<kGroups>(K);
-    const int64_t stride = int64_t{groups} * kGroupSize;
-    const int8_t* activations = x.quantized + t * stride;
-    const float* scales = x.scales + int64_t{t} * groups;
-    const float* sums = x.sums + int64_t{t} * groups;
-    __m512 acc[Rows];
+  static void run(const uint8_t* data, int K, const Activations& activations, int t,
+                  const TileOutput& out) {
+    const ActivationRows x(activations, K, t);
+    const int64_t tile_stride = tile_bytes(K);
+    const int64_t ahead = kStreams ? kStreamDistanceBytes : Tiles * tile_stride;
+    __m512 acc[Tiles][Rows];
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) acc[r] = _mm512_setzero_ps();
-    for (int i = 0; i < scale_groups; ++i, ++tile) {
-      if (!kStreams) prefetch<sizeof(Tile)>(reinterpret_cast<const char*>(tile) + next);
-      // Of the groups that share a scale: products with the activations, and their sums.
-      __m512 products[Rows], totals[Rows];
+      for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_setzero_ps();
+    }
+    for (int g = 0; g < x.groups; ++g) {
+      const uint8_t* quants[Tiles];
+      const Tile* tiles[Tiles];
+      __m512i dots[Tiles][Rows];
+#pragma GCC unroll 2
+      for (int j = 0; j < Tiles; ++j) {
+        tiles[j] = reinterpret_cast<const Tile*>(data + j * tile_stride) + g / kGroups;
+        quants[j] = tiles[j]->quants[g % kGroups];
+        prefetch<sizeof(Tile) / kGroups>(quants[j] + ahead);
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) products[r] = totals[r] = _mm512_setzero_ps();
-      for (int g = i * kGroups; g < (i + 1) * kGroups && (kGroups == 1 || g < groups); ++g) {
-        __m512i dots[2][Rows];
-        dot_nibbles<Rows>(tile->quants[g - i * kGroups], activations + g * kGroupSize, stride,
-                          dots);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-          const int index = r * groups + g;
-          const __m512 scale = _mm512_set1_ps(scales[index]);
-          const float offset = kHasMinimum ? 0.0f : kInt4ZeroPoint;
-          const __m512 dot = shifted_dot(dots, r, offset, sums[index]);
-          products[r] = _mm512_fmadd_ps(scale, dot, products[r]);
-          totals[r] = _mm512_fmadd_ps(scale, _mm512_set1_ps(sums[index]), totals[r]);
-        }
+        for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
       }
+      dot_nibbles<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        acc[r] = _mm512_fmadd_ps(load_half16(tile->scales[0]), products[r], acc[r]);
-        if constexpr (kHasMinimum) {
-          acc[r] = _mm512_fmadd_ps(load_half16(tile->scales[1]), totals[r], acc[r]);
+        const int index = r * x.groups + g;
+        const __m512 scale = _mm512_set1_ps(x.scales[index]);
+        const __m512 magic =
+            kHasMinimum ? _mm512_set1_ps(kMagic) : magic_offset(kInt4ZeroPoint, x.sums[index]);
+        const __m512 total = _mm512_mul_ps(scale, _mm512_set1_ps(x.sums[index]));
+#pragma GCC unroll 2
+        for (int j = 0; j < Tiles; ++j) {
+          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
+          acc[j][r] = _mm512_fmadd_ps(load_half16(tiles[j]->scales[0]), _mm512_mul_ps(scale, dot),
+                                      acc[j][r]);
+          if constexpr (kHasMinimum) {
+            acc[j][r] = _mm512_fmadd_ps(load_half16(tiles[j]->scales[1]), total, acc[j][r]);
+          }
         }
       }
     }
-    store_rows<Rows>(out, acc);
+    store_tiles<Rows, Tiles>(out, acc);
   }
 };
 
 // Quants: Int8Tile, where each group has its scales, or Int8Quants, where the tile has some.
 template <typename Quants>
-struct Int8Kernel {
+struct Int8Kernel : IntegerBlocks {
   static constexpr bool kPerChannel = std::is_same_v<Quants, Int8Quants>;
-  static constexpr int kRows = 8;
-  static constexpr bool kPairsTiles = false;
+  static constexpr int64_t kHeaderBytes = kPerChannel ? sizeof(Int8ChannelTile) : 0;
   static int64_t tile_bytes(int K) {
-    return (kPerChannel ? sizeof(Int8ChannelTile) : 0) + num_groups(K) * int64_t{sizeof(Quants)};
+    return kHeaderBytes + num_groups(K) * int64_t{sizeof(Quants)};
   }
-  static int64_t row_bytes(int K) { return padded_k(K); }
 
   static __m512 factor(const Int8Tile& tile, __m512 scale) {
     return _mm512_mul_ps(load_half16(tile.scales), scale);
@@ -151,35 +188,49 @@ struct Int8Kernel {
   static __m512 factor(const Int8Quants&, __m512 scale) { return scale; }
 
   template <int Rows, int Tiles, bool kStreams>
-  static void run(const uint8_t* data, int K, const Activations& x, int t, const TileOutput& out) {
-    static_assert(Tiles == 1);
-    const int groups = num_groups(K);
-    const int64_t stride = int64_t{groups} * kGroupSize;
-    const int8_t* activations = x.quantized + t * stride;
-    const float* scales = x.scales + int64_t{t} * groups;
-    const float* sums = x.sums + int64_t{t} * groups;
-    const float* channel_scales = reinterpret_cast<const float*>(data);
-    const Quants* tile =
-        reinterpret_cast<const Quants*>(data + (kPerChannel ? sizeof(Int8ChannelTile) : 0));
-    __m512 acc[Rows];
+  static void run(const uint8_t* data, int K, const Activations& activations, int t,
+                  const TileOutput& out) {
+    const ActivationRows x(activations, K, t);
+    const int64_t tile_stride = tile_bytes(K);
+    const int64_t ahead = kStreams ? kStreamDistanceBytes : Tiles * tile_stride;
+    __m512 acc[Tiles][Rows];
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles; ++j) {
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows; ++r) acc[r] = _mm512_setzero_ps();
-    for (int g = 0; g < groups; ++g) {
-      if (!kStreams) prefetch<sizeof(Quants)>(tile + groups + g);
-      __m512i dots[2][Rows];
-      dot_bytes<Rows>(tile[g].quants, activations + g * kGroupSize, stride, dots);
+      for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_setzero_ps();
+    }
+    for (int g = 0; g < x.groups; ++g) {
+      const Quants* tiles[Tiles];
+      const uint8_t* quants[Tiles];
+      __m512i dots[Tiles][Rows];
+#pragma GCC unroll 2
+      for (int j = 0; j < Tiles; ++j) {
+        tiles[j] = reinterpret_cast<const Quants*>(data + j * tile_stride + kHeaderBytes) + g;
+        quants[j] = tiles[j]->quants;
+        prefetch<sizeof(Quants)>(quants[j] + ahead);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
+      }
+      dot_bytes<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
-        const int index = r * groups + g;
-        acc[r] = _mm512_fmadd_ps(factor(tile[g], _mm512_set1_ps(scales[index])),
-                                 shifted_dot(dots, r, 128.0f, sums[index]), acc[r]);
+        const int index = r * x.groups + g;
+        const __m512 scale = _mm512_set1_ps(x.scales[index]);
+        const __m512 magic = magic_offset(128.0f, x.sums[index]);
+#pragma GCC unroll 2
+        for (int j = 0; j < Tiles; ++j) {
+          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
+          acc[j][r] = _mm512_fmadd_ps(factor(*tiles[j], scale), dot, acc[j][r]);
+        }
       }
     }
+#pragma GCC unroll 2
+    for (int j = 0; j < Tiles && kPerChannel; ++j) {
+      const float* scales = reinterpret_cast<const float*>(data + j * tile_stride);
 #pragma GCC unroll 8
-    for (int r = 0; r < Rows && kPerChannel; ++r) {
-      acc[r] = _mm512_mul_ps(acc[r], _mm512_loadu_ps(channel_scales));
+      for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_mul_ps(acc[j][r], _mm512_loadu_ps(scales));
     }
-    store_rows<Rows>(out, acc);
+    store_tiles<Rows, Tiles>(out, acc);
   }
 };
 

@@ -92,8 +92,9 @@ struct RoundedChunk {
 template <typename Decoder>
 struct PairKernel {
   using Row = typename Decoder::Row;
-  static constexpr int kRows = 8;
-  static constexpr bool kPairsTiles = true;
+  // Two tiles share a broadcast of activations, and their chains of additions hide the latency.
+  static constexpr int kFewRows = 8, kBlockRows = 12, kBlockTiles = 2;
+  static constexpr int few_tiles(int) { return 1; }
   static int64_t tile_bytes(int K) {
     return Decoder::kHeaderBytes +
            num_tile_rows(Lanes512Pairs{}, K) * static_cast<int64_t>(sizeof(Row));
@@ -104,20 +105,21 @@ struct PairKernel {
   template <int Rows, int Tiles, bool kStreams>
   static void add_pair(const uint8_t* data, int K, int k, const RoundedChunk<Rows>& chunk,
                        __m512 (&acc)[Tiles][Rows]) {
+    __m512i weights[Tiles];
 #pragma GCC unroll 4
     for (int i = 0; i < Tiles; ++i) {
       const Row* rows =
           reinterpret_cast<const Row*>(data + i * tile_bytes(K) + Decoder::kHeaderBytes) + k;
-      // The hardware follows several tiles at once well, one tile of these not far enough.
-      if (!kStreams) {
-        prefetch<2 * sizeof(Row)>(rows + num_tile_rows(Lanes512Pairs{}, K));
-      } else if (Tiles == 1) {
-        prefetch<2 * sizeof(Row)>(rows + kStreamDistanceBytes / sizeof(Row));
-      }
-      const __m512i weights = Decoder::load_pair(rows);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        acc[i][r] = add_products(acc[i][r], weights, chunk.broadcast_pair(r, k % kChunk));
+      const char* ahead = reinterpret_cast<const char*>(rows);
+      prefetch<2 * sizeof(Row)>(ahead + (kStreams ? kStreamDistanceBytes : Tiles * tile_bytes(K)));
+      weights[i] = Decoder::load_pair(rows);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < Rows; ++r) {
+      const __m512i activations = chunk.broadcast_pair(r, k % kChunk);
+#pragma GCC unroll 4
+      for (int i = 0; i < Tiles; ++i) {
+        acc[i][r] = add_products(acc[i][r], weights[i], activations);
       }
     }
   }
@@ -127,7 +129,7 @@ struct PairKernel {
     __m512 acc[Tiles][Rows];
 #pragma GCC unroll 4
     for (int i = 0; i < Tiles; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) acc[i][r] = _mm512_setzero_ps();
     }
     RoundedChunk<Rows> chunk;
@@ -140,7 +142,7 @@ struct PairKernel {
     }
 #pragma GCC unroll 4
     for (int i = 0; i < Tiles; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) {
         store_row(out.y + r * out.ld_y + i * kTileChannels, out.channels - i * kTileChannels,
                   out.accumulate, Decoder::scale(data + i * tile_bytes(K), acc[i][r]));

@@ -44,8 +44,8 @@ struct Fp8Decoder {
 template <typename Decoder>
 struct FloatKernel {
   using Row = typename Decoder::Row;
-  static constexpr int kRows = 8;
-  static constexpr bool kPairsTiles = true;
+  static constexpr int kFewRows = 8, kBlockRows = 8, kBlockTiles = 2;
+  static constexpr int few_tiles(int rows) { return rows < 3 ? 4 / rows : 1; }
   static int64_t tile_bytes(int K) {
     return Decoder::kHeaderBytes + int64_t{K} * static_cast<int64_t>(sizeof(Row));
   }
@@ -67,7 +67,7 @@ struct FloatKernel {
             reinterpret_cast<const Row*>(data + i * tile_bytes(K) + Decoder::kHeaderBytes) + k;
         // The hardware follows several tiles at once well, one tile of these not far enough.
         if (!kStreams) {
-          prefetch<sizeof(Row)>(row + K);
+          prefetch<sizeof(Row)>(reinterpret_cast<const char*>(row) + Tiles * tile_bytes(K));
         } else if (Tiles == 1) {
           prefetch<sizeof(Row)>(row + kStreamDistanceBytes / sizeof(Row));
         }

@@ -2,12 +2,11 @@
 // kernel that is local to the including file, which makes every instance local as well: nothing
 // compiled with one file's ISA flags can end up in another.
 //
-// A kernel has: tile_bytes(K), of the weights; row_bytes(K), of the activations; kRows, the rows of
-// its register block; kPairsTiles, whether it can compute several tiles at once, for one or two
-// rows; and
+// A kernel has: tile_bytes(K), of the weights; row_bytes(K), of the activations; kFewRows, the rows
+// it computes in one reading of the weights, few_tiles(rows) tiles at once; kBlockRows and
+// kBlockTiles, its register block for more rows than that; and
 //   run<Rows, Tiles, kStreams>(tile, K, x, t, out): rows t… of neighbouring tiles, to out.
-//   kStreams: the weights come from memory, not from the L1 cache; else it prefetches the next
-//   tile.
+//   kStreams: the weights come from memory, not from the L1 cache.
 #pragma once
 
 #include <cstddef>
@@ -26,10 +25,10 @@ struct TileOutput {
   bool accumulate;
 };
 
-// Asks for a part of a tile. A kernel that reads each weight once leaves that to the hardware,
-// which follows a stream better than instructions do. Where a tile is read again for more rows, the
-// stream pauses, and the kernel asks for the next tile meanwhile; behind the last one that is of no
-// use and does no harm.
+// Asks for a part of a tile: of the next ones, where a tile is read again for more rows and the
+// stream from memory pauses meanwhile; else of what lies kStreamDistanceBytes ahead, since the
+// hardware follows a stream too closely (the integer kernels of AVX2 are slow enough to leave it to
+// it). Behind the last tile that is of no use and does no harm.
 template <size_t kBytes>
 inline __attribute__((always_inline)) void prefetch(const void* element) {
 #pragma GCC unroll 18
@@ -38,7 +37,7 @@ inline __attribute__((always_inline)) void prefetch(const void* element) {
   }
 }
 
-constexpr int64_t kStreamDistanceBytes = 3072;  // for kernels that do ask ahead in a stream
+constexpr int64_t kStreamDistanceBytes = 6144;
 
 template <typename Kernel>
 struct TileLoops {
@@ -59,50 +58,56 @@ struct TileLoops {
                                                 out);
   }
 
-  // All rows there are, few enough for a register block: neighbouring tiles together, so that there
-  // are enough independent chains of additions to hide their latency.
+  // All rows there are, few enough for a register block.
   template <int Rows>
   void run_few(int rows, int tile_begin, int tile_end) const {
     if constexpr (Rows > 0) {
       if (rows != Rows) return run_few<Rows - 1>(rows, tile_begin, tile_end);
-      constexpr int kTiles = Kernel::kPairsTiles && Rows < 3 ? 4 / Rows : 1;
+      constexpr int kTiles = Kernel::few_tiles(Rows);
       int tile = tile_begin;
       for (; tile + kTiles <= tile_end; tile += kTiles) run<Rows, kTiles, true>(0, tile);
       for (; tile < tile_end; ++tile) run<Rows, 1, true>(0, tile);
     }
   }
 
-  template <int Rows, bool kStreams>
+  template <int Rows, int Tiles, bool kStreams>
   void run_block(int rows, int t, int tile) const {
     if constexpr (Rows > 0) {
-      if (rows != Rows) return run_block<Rows - 1, kStreams>(rows, t, tile);
-      run<Rows, 1, kStreams>(t, tile);
+      if (rows != Rows) return run_block<Rows - 1, Tiles, kStreams>(rows, t, tile);
+      run<Rows, Tiles, kStreams>(t, tile);
     }
   }
 
   // The next register block of `rows` rows: the last two are about equal, since a block of one or
   // two rows costs nearly as much as one of more.
   static int next_rows(int rows) {
-    constexpr int kRows = Kernel::kRows;
+    constexpr int kRows = Kernel::kBlockRows;
     if (rows <= kRows) return rows;
     return rows >= 2 * kRows ? kRows : (rows + 1) / 2;
   }
 
+  // Rows [t, t_end) of some tiles: the first block reads the weights, the others find them in the
+  // cache.
+  template <int Tiles>
+  void run_blocks(int t, int t_end, int tile) const {
+    int rows = next_rows(t_end - t);
+    run_block<Kernel::kBlockRows, Tiles, true>(rows, t, tile);
+    for (t += rows; t < t_end; t += rows) {
+      rows = next_rows(t_end - t);
+      run_block<Kernel::kBlockRows, Tiles, false>(rows, t, tile);
+    }
+  }
+
   void gemm(int T, int tile_begin, int tile_end) const {
-    constexpr int kRows = Kernel::kRows;
-    if (T <= kRows) return run_few<kRows>(T, tile_begin, tile_end);
+    constexpr int kRows = Kernel::kBlockRows, kTiles = Kernel::kBlockTiles;
+    if (T <= Kernel::kFewRows) return run_few<Kernel::kFewRows>(T, tile_begin, tile_end);
     const int64_t units = kBlockBytes / (Kernel::row_bytes(w.K) * kRows);
     const int block = units < 2 ? 2 * kRows : static_cast<int>(units) * kRows;
     for (int t0 = 0; t0 < T; t0 += block) {
       const int t_end = T - t0 < block ? T : t0 + block;
-      for (int tile = tile_begin; tile < tile_end; ++tile) {
-        int rows = next_rows(t_end - t0);
-        run_block<kRows, true>(rows, t0, tile);
-        for (int t = t0 + rows; t < t_end; t += rows) {
-          rows = next_rows(t_end - t);
-          run_block<kRows, false>(rows, t, tile);
-        }
-      }
+      int tile = tile_begin;
+      for (; tile + kTiles <= tile_end; tile += kTiles) run_blocks<kTiles>(t0, t_end, tile);
+      for (; tile < tile_end; ++tile) run_blocks<1>(t0, t_end, tile);
     }
   }
 };
