@@ -77,7 +77,7 @@ inline int64_t attention_state_floats(int num_rows, int head_dim) {
 
 // Floats of scratch memory that attend and attend_segment need, for one thread.
 inline int64_t attention_scratch_floats(int head_dim) {
-  return int64_t{kMaxTileRows} * kAttentionChunk +
+  return kMaxTileRows * (kAttentionChunk + int64_t{head_dim}) +
          2 * attention_state_floats(kMaxTileRows, head_dim);
 }
 

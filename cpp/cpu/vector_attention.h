@@ -14,23 +14,32 @@ namespace {
 constexpr int kSpan = 16;               // floats of a register block: a KV block, a sixteenth of V
 constexpr int kParts = kSpan / kWidth;  // vectors in a span
 constexpr int kChunkBlocks = kAttentionChunk / kBlockSize;
-constexpr int kRowGroup = 4;  // rows that share each load of K and V
+// Rows that share each load of K and V: their chains of additions hide the latency of one, and the
+// sums of all fit the registers.
+constexpr int kRowGroup = kWidth == 16 ? 12 : 4;
 static_assert(kSpan == kBlockSize);
 
 // What is known of a tile's rows so far.
 struct Tile {
   float* scores;   // (rows, kAttentionChunk): scores, then probabilities
+  float* queries;  // by groups of rows (for_row_groups): (head_dim, rows of the group)
   float* sums;     // (rows, head_dim): values weighted so far
   float* maximum;  // (rows,)
   float* total;    // (rows,): sum of probabilities so far
   int num_rows;
 };
 
-// `scores` is the thread's; `state` holds the rest, attention_state_floats.
-inline Tile tile_over(const AttentionUnit& unit, float* scores, float* state) {
+// `scratch` is the thread's; `state` holds the rest, attention_state_floats.
+inline Tile tile_over(const AttentionUnit& unit, float* scratch, float* state) {
   const int num_rows = unit.num_tokens * unit.num_heads;
   float* maximum = state + int64_t{num_rows} * unit.head_dim;
-  return {scores, state, maximum, maximum + num_rows, num_rows};
+  float* queries = scratch + kMaxTileRows * kAttentionChunk;
+  return {scratch, queries, state, maximum, maximum + num_rows, num_rows};
+}
+
+// Where the states begin in a thread's scratch memory, behind scores and queries.
+inline float* states_of(const AttentionUnit& unit, float* scratch) {
+  return scratch + kMaxTileRows * (kAttentionChunk + int64_t{unit.head_dim});
 }
 
 inline float exp_scalar(float x) {
@@ -44,25 +53,47 @@ inline const float* query_row(const AttentionUnit& unit, int row) {
   return unit.queries + token * unit.ld_queries + head * unit.head_dim;
 }
 
+// Calls op.template operator()<n>(row) for groups of kRowGroup rows, then for those left.
+template <int kRows = kRowGroup, typename Op>
+inline void for_row_groups(int num_rows, Op op, int row = 0) {
+  for (; row + kRows <= num_rows; row += kRows) op.template operator()<kRows>(row);
+  if constexpr (kRows > 1) {
+    if (row < num_rows) for_row_groups<kRows - 1>(num_rows, op, row);
+  }
+}
+
+// Lays the queries out so that a group's rows are read side by side.
+inline void pack_queries(const AttentionUnit& unit, const Tile& tile) {
+  for_row_groups(tile.num_rows, [&]<int kRows>(int row) {
+    float* packed = tile.queries + int64_t{row} * unit.head_dim;
+    for (int r = 0; r < kRows; ++r) {
+      const float* query = query_row(unit, row + r);
+      for (int d = 0; d < unit.head_dim; ++d) packed[d * kRows + r] = query[d];
+    }
+  });
+}
+
 // scores[row, 0:16] = query[row] · keys of one block, for kRows rows.
 template <typename Kv, int kRows>
 inline void score_block(const AttentionUnit& unit, const Tile& tile, int row, const uint8_t* block,
                         int column) {
   const auto* keys = reinterpret_cast<const typename Kv::Element*>(block);
-  const float* queries[kRows];
+  const float* queries = tile.queries + int64_t{row} * unit.head_dim;
   Vector acc[kRows][kParts];
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
-    queries[r] = query_row(unit, row + r);
     for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::zero();
   }
-  for (int d = 0; d < unit.head_dim; ++d) {
+  for (int d = 0; d < unit.head_dim; ++d, queries += kRows) {
     Vector key[kParts];
     for (int p = 0; p < kParts; ++p) key[p] = Kv::load(keys + d * kSpan + p * kWidth);
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const Vector q = Simd::set(queries[r][d]);
+      const Vector q = Simd::set(queries[r]);
       for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::fma(q, key[p], acc[r][p]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     float* out = tile.scores + (row + r) * kAttentionChunk + column;
     for (int p = 0; p < kParts; ++p) {
@@ -83,6 +114,7 @@ inline void weigh_values(const AttentionUnit& unit, const Tile& tile, int row, i
   using Element = typename Kv::Element;
   const KvBlockLayout layout(Kv::kDtype, unit.head_dim);
   Vector acc[kRows][kParts];
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     const float* sums = tile.sums + (row + r) * unit.head_dim + span;
     const Vector correction = Simd::set(corrections[r]);
@@ -90,17 +122,22 @@ inline void weigh_values(const AttentionUnit& unit, const Tile& tile, int row, i
       acc[r][p] = Simd::mul(Simd::load(sums + p * kWidth), correction);
     }
   }
-  for (int key = 0; key < num_keys; ++key) {
-    const uint8_t* block = blocks[key / kBlockSize] + layout.values;
-    const Element* values =
-        reinterpret_cast<const Element*>(block) + (key % kBlockSize) * unit.head_dim + span;
-    Vector value[kParts];
-    for (int p = 0; p < kParts; ++p) value[p] = Kv::load(values + p * kWidth);
-    for (int r = 0; r < kRows; ++r) {
-      const Vector weight = Simd::set(tile.scores[(row + r) * kAttentionChunk + key]);
-      for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::fma(weight, value[p], acc[r][p]);
+  for (int first = 0; first < num_keys; first += kBlockSize) {
+    const auto* values =
+        reinterpret_cast<const Element*>(blocks[first / kBlockSize] + layout.values) + span;
+    const float* weights = tile.scores + row * kAttentionChunk + first;
+    const int count = std::min(kBlockSize, num_keys - first);
+    for (int key = 0; key < count; ++key, values += unit.head_dim, ++weights) {
+      Vector value[kParts];
+      for (int p = 0; p < kParts; ++p) value[p] = Kv::load(values + p * kWidth);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const Vector weight = Simd::set(weights[r * kAttentionChunk]);
+        for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::fma(weight, value[p], acc[r][p]);
+      }
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
     float* sums = tile.sums + (row + r) * unit.head_dim + span;
     for (int p = 0; p < kParts; ++p) Simd::store(sums + p * kWidth, acc[r][p]);
@@ -148,26 +185,6 @@ inline void scale_weights(const AttentionUnit& unit, const Tile& tile, int row,
     for (int i = 0; i < kBlockSize; i += kWidth) {
       Simd::store(weights + i, Simd::mul(Simd::load(weights + i), Simd::load(scales + i)));
     }
-  }
-}
-
-// Calls op.template operator()<n>(row) for groups of kRowGroup rows, then for those left.
-template <typename Op>
-inline void for_row_groups(int num_rows, Op op) {
-  int row = 0;
-  for (; row + kRowGroup <= num_rows; row += kRowGroup) op.template operator()<kRowGroup>(row);
-  switch (num_rows - row) {
-    case 3:
-      op.template operator()<3>(row);
-      break;
-    case 2:
-      op.template operator()<2>(row);
-      break;
-    case 1:
-      op.template operator()<1>(row);
-      break;
-    default:
-      break;
   }
 }
 
@@ -222,8 +239,8 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
 }
 
 // A tile over a state's memory, nothing seen yet.
-inline Tile empty_tile(const AttentionUnit& unit, float* scores, float* state) {
-  Tile tile = tile_over(unit, scores, state);
+inline Tile empty_tile(const AttentionUnit& unit, float* scratch, float* state) {
+  Tile tile = tile_over(unit, scratch, state);
   std::fill(tile.sums, tile.sums + int64_t{tile.num_rows} * unit.head_dim, 0.f);
   std::fill(tile.maximum, tile.maximum + tile.num_rows, -FLT_MAX);
   std::fill(tile.total, tile.total + tile.num_rows, 0.f);
@@ -262,6 +279,7 @@ inline void divide_by_totals(const AttentionUnit& unit, const Tile& tile) {
 template <typename Kv>
 void attend_segment(const AttentionUnit& unit, int segment, float* scratch, float* state) {
   const Tile tile = empty_tile(unit, scratch, state);
+  pack_queries(unit, tile);
   const int first_seen = unit.window > 0 ? std::max(unit.first_position - unit.window + 1, 0) : 0;
   const int first = std::max(first_seen, segment * kAttentionSegment);
   const int end =
@@ -274,7 +292,7 @@ void attend_segment(const AttentionUnit& unit, int segment, float* scratch, floa
 
 template <typename Kv>
 void attend(const AttentionUnit& unit, float* scratch) {
-  float* states = scratch + kMaxTileRows * kAttentionChunk;
+  float* states = states_of(unit, scratch);
   const int num_rows = unit.num_tokens * unit.num_heads;
   float* state = states + attention_state_floats(num_rows, unit.head_dim);
   const Tile merged = empty_tile(unit, scratch, states);
@@ -288,7 +306,7 @@ void attend(const AttentionUnit& unit, float* scratch) {
 }
 
 void merge_segments(const AttentionUnit& unit, float* states, int num_segments, float* scratch) {
-  const Tile merged = empty_tile(unit, scratch, scratch + kMaxTileRows * kAttentionChunk);
+  const Tile merged = empty_tile(unit, scratch, states_of(unit, scratch));
   const int64_t floats = attention_state_floats(merged.num_rows, unit.head_dim);
   for (int segment = 0; segment < num_segments; ++segment) {
     merge(unit, tile_over(unit, scratch, states + segment * floats), merged);
