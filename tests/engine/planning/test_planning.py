@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.checkpoint.cache import cache_folder
@@ -13,7 +14,7 @@ from engine.loader import load_model, read_headers
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
-from engine.planning.drafting import Acceptance, Drafting, ModelDrafts
+from engine.planning.drafting import Drafting, ModelDrafts, Survivals, alike
 from engine.planning.observer import Observer
 from engine.planning.preview import Planner
 from engine.planning.proposal import Proposal, parse_size
@@ -199,6 +200,9 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
     assert model.decode_step_s(1, 1000 + SHORT_PROMPT) == pytest.approx(0.011)
+    # Seven drafts read the same context as their sequence's own token.
+    verified_s = model.verify_step_s(1, 1000 + SHORT_PROMPT, 7)
+    assert verified_s == pytest.approx(0.024 + 1000 * 1e-6 + 7 * 1000 * 1e-9)
     assert model.prefill_s(128) == pytest.approx(0.1)
     assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
     assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1
@@ -272,23 +276,48 @@ def test_the_calibration_does_not_read_the_weights(
 
 
 def test_drafts_gain_what_their_acceptance_and_their_cost_leave() -> None:
-    def flat(num_tokens: float) -> float:
+    def flat(num_sequences: float, num_drafted: float) -> float:
         return 0.01
 
-    def steep(num_tokens: float) -> float:
-        return 0.01 * num_tokens
+    def steep(num_sequences: float, num_drafted: float) -> float:
+        return 0.01 * (num_sequences + num_drafted)
 
-    certain = Acceptance(1.0, (1.0, 1.0), "measured")
+    certain = alike((1.0, 1.0), "measured")
     free = Drafting(models=(ModelDrafts(certain, 0.0),))
     assert free.gain(1, flat) == pytest.approx(3.0)
     assert free.gain(8, steep) == pytest.approx(1.0), "where a row costs a step nothing is gained"
     dear = Drafting(models=(ModelDrafts(certain, 0.5),))
     assert dear.gain(1, flat) == pytest.approx(3.0 / 2.0)
-    hopeless = Drafting(models=(ModelDrafts(Acceptance(1.0, (0.0,), "measured"), 0.5),))
+    hopeless = Drafting(models=(ModelDrafts(alike((0.0,), "measured"), 0.5),))
     assert hopeless.gain(1, flat) == 1.0, "the policy does not draft then"
-    half = Drafting(ngram=Acceptance(0.5, (1.0,), "estimated"))
+    half = Drafting(free=Survivals(np.array([[1.0], [0.0]]), "estimated"))
     assert half.gain(4, flat) == pytest.approx(1.5)
+    slow = msgspec.structs.replace(half, deciding_s=((4, 0.005),))
+    assert slow.gain(4, flat) == pytest.approx(1.0), "deciding takes as long as drafts save"
     assert (free.basis, half.basis) == ("measured", "estimated")
+
+
+def test_a_gain_is_of_the_drafts_that_are_worth_verifying_not_of_the_mean_draft() -> None:
+    def steep(num_sequences: float, num_drafted: float) -> float:
+        return 0.01 * num_sequences + 0.005 * num_drafted
+
+    sure, poor = [1.0] * 4, [0.1] * 4
+    mixed = Drafting(free=Survivals(np.array([sure, poor] * 50), "measured"))
+    assert mixed.gain(1, steep) == pytest.approx((5 + 1) / (3 + 1))
+    assert mixed.gain(2, steep) > 1.4
+    # All at their mean, no draft would pay at all.
+    mean = Drafting(free=Survivals(np.array([[0.49] * 4]), "measured"))
+    assert mean.gain(1, steep) == 1.0
+
+
+def test_a_model_is_asked_where_nothing_was_looked_up() -> None:
+    def flat(num_sequences: float, num_drafted: float) -> float:
+        return 0.01
+
+    found = Survivals(np.array([[1.0, 1.0], [0.0, 0.0]]), "measured")
+    both = Drafting(free=found, models=(ModelDrafts(alike((1.0, 1.0), "measured"), 0.25),))
+    # Half of the steps emit three tokens at once, the other half after two runs of the model.
+    assert both.gain(1, flat) == pytest.approx(3.0 / 1.25)
 
 
 def test_steps_with_drafts_count_what_they_emit() -> None:
