@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from engine.speculation.policy import SpeculationPolicy
+from engine.runner import Runner
 
 T = TypeVar("T")
 
@@ -15,12 +15,12 @@ class Inquiries:
     """Anybody asks, the engine thread answers; after the end nobody is left waiting."""
 
     def __init__(self) -> None:
-        self._open: deque[tuple[Future[Any], Callable[[SpeculationPolicy], Any]]] = deque()
+        self._open: deque[tuple[Future[Any], Callable[[Runner], Any]]] = deque()
         self._lock = threading.Lock()
         self._has_ended = False
 
-    def ask(self, question: Callable[[SpeculationPolicy], T]) -> Future[T]:
-        """Queue a question about the policy; after the end the future is cancelled."""
+    def ask(self, question: Callable[[Runner], T]) -> Future[T]:
+        """Queue a question to the runner that serves; after the end the future is cancelled."""
         answer: Future[T] = Future()
         with self._lock:
             if self._has_ended:
@@ -29,13 +29,16 @@ class Inquiries:
                 self._open.append((answer, question))
         return answer
 
-    def answer(self, policy: SpeculationPolicy) -> None:
+    def answer(self, runner: Runner) -> None:
         """Answer whatever was asked; called on the engine thread."""
         while self._open:
             answer, question = self._open.popleft()
             # One who has gone away has cancelled it.
             if answer.set_running_or_notify_cancel():
-                answer.set_result(question(policy))
+                try:
+                    answer.set_result(question(runner))
+                except Exception as error:
+                    answer.set_exception(error)
 
     def end(self) -> None:
         """Refuse what was asked and what will be."""

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.batch import Core
-from engine.inquiries import Inquiries
+from engine.inquiries import Inquiries, T
 from engine.migration import WARM_UP_ID, Park, Redraft, Switch, SwitchError
 from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.sequence import Sequence
-from engine.speculation.policy import SpeculationPolicy
 from engine.speculation.profiles import DraftProfiles
 from engine.speculation.report import SpeculationReport, report
 from engine.speculation.setup import OFF, Speculation
@@ -94,13 +93,21 @@ class Engine:
 
     def speculation(self) -> Future[SpeculationReport]:
         """What speculation does now and why; answered between two steps. Callable anywhere."""
-        answer = self._inquiries.ask(report)
-        self._wake.set()
-        return answer
+        return self._ask(lambda runner: report(runner.speculator.policy))
 
     def draft_profiles(self) -> Future[DraftProfiles]:
         """What recent drafts promised; answered likewise."""
-        answer = self._inquiries.ask(SpeculationPolicy.profiles)
+        return self._ask(lambda runner: runner.speculator.policy.profiles())
+
+    def time_step(self, num_tokens: int, other: Runner | None = None) -> Future[float | None]:
+        """Seconds of a made-up step, computed between two steps; None where no block is free.
+
+        It is one of the core that serves, or of `other`, which nobody else may use meanwhile.
+        """
+        return self._ask(lambda runner: (other or runner).time_step(num_tokens))
+
+    def _ask(self, question: Callable[[Runner], T]) -> Future[T]:
+        answer = self._inquiries.ask(question)
         self._wake.set()
         return answer
 
@@ -167,7 +174,8 @@ class Engine:
     def _turn(self) -> bool:
         """Handle the inbox and compute one step, or wait for work; false at the end."""
         self._heartbeat_s = time.monotonic()
-        self._inquiries.answer(self._succession.runner.speculator.policy)
+        self._inquiries.answer(self._succession.runner)
+        self._heartbeat_s = time.monotonic()  # what answers took is no part of the next step
         if self._has_nothing_to_do() and not self._inbox:
             return self._wait()
         self._is_idle = False

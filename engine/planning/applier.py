@@ -27,7 +27,7 @@ from engine.planning.preview import Planner, Preview
 from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
-from engine.runner import EngineSettings
+from engine.runner import EngineSettings, Runner
 from engine.speculation.profiles import DraftProfiles
 from engine.speculation.report import SpeculationReport
 from engine.speculation.setup import Speculation
@@ -66,6 +66,8 @@ class SwitchableEngine(Protocol):
     def speculation(self) -> Future[SpeculationReport]: ...
 
     def draft_profiles(self) -> Future[DraftProfiles]: ...
+
+    def time_step(self, num_tokens: int, other: Runner | None = ...) -> Future[float | None]: ...
 
     def stop(self, grace_s: float) -> object: ...
 
