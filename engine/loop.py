@@ -99,12 +99,14 @@ class Engine:
         """What recent drafts promised; answered likewise."""
         return self._ask(lambda runner: runner.speculator.policy.profiles())
 
-    def time_step(self, num_tokens: int, other: Runner | None = None) -> Future[float | None]:
+    def time_step(
+        self, num_tokens: int, other: Runner | None = None, *, num_rows: int | None = None
+    ) -> Future[float | None]:
         """Seconds of a made-up step, computed between two steps; None where no block is free.
 
         It is one of the core that serves, or of `other`, which nobody else may use meanwhile.
         """
-        return self._ask(lambda runner: (other or runner).time_step(num_tokens))
+        return self._ask(lambda runner: (other or runner).time_step(num_tokens, num_rows))
 
     def _ask(self, question: Callable[[Runner], T]) -> Future[T]:
         answer = self._inquiries.ask(question)

@@ -220,8 +220,12 @@ class Runner:
         finally:
             blocks.release(taken)
 
-    def time_step(self, num_tokens: int) -> float | None:
-        """Seconds of a made-up step; None where no block is free for it. Between two steps."""
+    def time_step(self, num_tokens: int, num_rows: int | None = None) -> float | None:
+        """Seconds of a made-up step; None where no block is free for it. Between two steps.
+
+        The second of two counts: as when serving, the core's own step has come before. Logits are
+        computed for `num_rows` tokens, by default all.
+        """
         if num_tokens > self.settings.max_step_tokens:
             return None
         blocks = self._blocks
@@ -230,7 +234,8 @@ class Runner:
             return None
         taken = blocks.allocate(count)
         try:
-            return self._batch.time_probe(num_tokens, taken)
+            self._batch.time_probe(num_tokens, taken, num_rows=num_rows)
+            return self._batch.time_probe(num_tokens, taken, num_rows=num_rows)
         finally:
             blocks.release(taken)
 

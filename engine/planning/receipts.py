@@ -99,7 +99,7 @@ def speed_outcome(
         predicted = Interval(value, value * (1 - margin), value * (1 + margin))
         basis = "calibrated"
     elif window is not None and estimate is not None:
-        predicted = estimate.interval(window.mean_sequences)
+        predicted = estimate.interval(window)
         basis = None if predicted is None else "estimated"
     return SpeedOutcome(
         predicted=predicted,

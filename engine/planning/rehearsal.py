@@ -19,7 +19,7 @@ from engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
-_TURNS = 5  # each a pause of two short steps in the running streams
+_TURNS = 5  # each three pauses of two steps in the running streams
 _WAIT_S = 10.0  # for a turn; a step may be under way
 _MIN_STEPS = 24  # observed before
 # Few and short steps without context, of a machine that serves: less is known than after a
@@ -35,16 +35,24 @@ class RehearsingEngine(Protocol):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """Tokens per second of all sequences with the new core, at the load that was observed."""
+    """A step of the new core at the load that was observed."""
 
-    tokens_per_s: float
+    step_s: float
+    num_tokens: float  # of it, drafted ones included
+    token_s: float  # for each token more
     num_sequences: float
 
-    def interval(self, num_sequences: float) -> Interval | None:
-        """The promise for a load; None where it is not the one that this is about."""
-        if abs(num_sequences / self.num_sequences - 1.0) > _MAX_CHANGE:
+    def interval(self, window: DecodeWindow) -> Interval | None:
+        """Tokens per second for the steps of a window, as many as they did emit.
+
+        What drafts give is the text's affair: it changes with every request. None where the load is
+        not the one that this is about.
+        """
+        if abs(window.mean_sequences / self.num_sequences - 1.0) > _MAX_CHANGE:
             return None
-        value = self.tokens_per_s
+        added_s = self.token_s * (window.mean_tokens - self.num_tokens)
+        num_emitted = window.mean_emitted * window.mean_sequences
+        value = num_emitted / max(self.step_s + added_s, self.step_s / 2)
         return Interval(value, value * (1 - _MARGIN), value * (1 + _MARGIN))
 
 
@@ -57,24 +65,27 @@ def rehearse(
     """
     if before is None or before.num_steps < _MIN_STEPS:
         return None
-    num_tokens = min(round(before.mean_tokens), new.engine_settings.max_step_tokens)
+    num_tokens = min(round(before.mean_tokens), new.engine_settings.max_step_tokens // 2)
     try:
         runner = Runner(new.loaded.core, new.engine_settings, is_serving=True)
         turns = [
             (
                 engine.time_step(num_tokens).result(_WAIT_S),
                 engine.time_step(num_tokens, runner).result(_WAIT_S),
+                engine.time_step(2 * num_tokens, runner).result(_WAIT_S),
             )
             for _ in range(_TURNS)
         ]
     except Exception as error:
         log.warning("the new state could not be timed beforehand: %r", error)
         return None
-    old_s, new_s = zip(*turns, strict=True)
-    times = [[one for one in several if one is not None] for several in (old_s, new_s)]
+    times = [[one for one in several if one is not None] for several in zip(*turns, strict=True)]
     if not all(times):
         return None
-    added_s = min(times[1]) - min(times[0])
-    step_s = max(before.step_s + added_s, min(times[1]))
-    tokens_per_s = before.tokens_per_s * before.step_s / step_s
-    return Estimate(tokens_per_s, before.mean_sequences)
+    old_s, new_s, double_s = map(min, times)
+    return Estimate(
+        step_s=max(before.step_s + new_s - old_s, new_s),
+        num_tokens=before.mean_tokens,
+        token_s=max(0.0, double_s - new_s) / num_tokens,
+        num_sequences=before.mean_sequences,
+    )

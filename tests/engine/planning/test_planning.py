@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from engine.checkpoint.cache import cache_folder
 from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
+from engine.planning import calibration
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
@@ -21,6 +23,7 @@ from engine.planning.proposal import Proposal, parse_size
 from engine.planning.qualification import qualify
 from engine.planning.quality import compare, measure, quality_of
 from engine.types import EngineLoad, StepReport, TokenEvent
+from tests.engine.tiny_model import make_tiny_model
 
 
 @pytest.fixture
@@ -151,6 +154,20 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
         assert interval.high < 1.21 * interval.value
 
 
+class PlantedCore:
+    """A core that takes a while for its layers, and for logits."""
+
+    def __init__(self, core: Any, *, head_s: float, layers_s: float) -> None:
+        self._core, self._head_s, self._layers_s = core, head_s, layers_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+        time.sleep(self._layers_s + (self._head_s if num_rows else 0.0))
+        self._core.step(num_tokens, num_sequences, num_rows)
+
+
 CALIBRATION = Calibration(
     decode={1: Timing(0.010, 0.0), 8: Timing(0.024, 0.0)},
     prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
@@ -273,6 +290,31 @@ def test_the_calibration_does_not_read_the_weights(
     headers = hollow.headers
     result = calibrate(headers.checkpoint.spec, hollow.plan(config), headers.isa, 1, keep=False)
     assert result.decode[1].seconds > 0
+
+
+def test_layers_that_there_is_no_time_for_are_reckoned_from_those_that_are_timed(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(
+        tmp_path / "deep", seed=1, num_hidden_layers=6, head_dim=32, tie_word_embeddings=False
+    )
+    deep = Planner(read_headers(msgspec.structs.replace(config, model=str(folder))))
+    made: list[int] = []
+    make = calibration.synthetic_core
+
+    def planted(*args: Any, num_layers: int, **options: Any) -> Any:
+        made.append(num_layers)
+        core = make(*args, num_layers=num_layers, **options)
+        return PlantedCore(core, head_s=0.006, layers_s=0.001 * num_layers)
+
+    monkeypatch.setattr(calibration, "synthetic_core", planted)
+    monkeypatch.setattr(calibration, "_MAX_VALUES", 0)
+    monkeypatch.setattr(calibration, "_MAX_TURNS", 0)
+    headers = deep.headers
+    result = calibrate(headers.checkpoint.spec, deep.plan(config), headers.isa, 1, keep=False)
+    assert made == [1]
+    for timing in (result.decode[1], result.decode[8]):
+        assert 0.012 <= timing.seconds < 0.016
 
 
 def test_drafts_gain_what_their_acceptance_and_their_cost_leave() -> None:
