@@ -56,6 +56,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     sent_at_s: float
     end_to_end_s: float
     chunk_times_s: tuple[float, ...] = ()  # of the chunks that carry text
+    chunk_chars: tuple[int, ...] = ()  # of each of them
     prompt_tokens: int | None = None  # None: the server gave no usage
     cached_tokens: int | None = None
     output_tokens: int = 0  # from usage, else the number of chunks with text
@@ -173,6 +174,7 @@ async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) 
         sent_at_s=sent_at_s,
         end_to_end_s=time.perf_counter() - sent_at_s,
         chunk_times_s=tuple(times),
+        chunk_chars=tuple(map(len, texts)),
         prompt_tokens=usage.prompt_tokens if usage else None,
         cached_tokens=details.cached_tokens if details else None,
         output_tokens=usage.completion_tokens if usage else len(times),

@@ -32,6 +32,8 @@ from bench.prompts import PromptSource
 _ENDED = ("done", "failed", "rolled_back")
 _PAUSED = ("previewing", "building", "checking", "switching", "measuring")
 _LEVELS = ("none", "int8", "int4")
+_DTYPES = ("bf16", "int8")
+_SPECULATIONS = ("off", "auto")
 
 
 async def _apply(session: aiohttp.ClientSession, url: str, setting: dict[str, Any]) -> Any:
@@ -145,8 +147,8 @@ def _settings() -> list[Setting]:
     small = [
         Setting("smollm2-135m", level, dtype, speculation)
         for level in _LEVELS
-        for dtype in ("bf16", "int8")
-        for speculation in ("off", "auto")
+        for dtype in _DTYPES
+        for speculation in _SPECULATIONS
     ]
     return [*small, *(Setting("gemma3-270m", level, "bf16", "off") for level in ("int8", "int4"))]
 
@@ -158,6 +160,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     preview = commands.add_parser("preview", help="previews against reality")
     preview.add_argument("--model", help="only these settings' model; default: all")
     preview.add_argument("--quantization", choices=_LEVELS, help="only this level")
+    preview.add_argument("--kv-dtype", choices=_DTYPES, help="only this one")
+    preview.add_argument("--speculation", choices=_SPECULATIONS, help="only this one")
     preview.add_argument("--json", type=Path, help="write the cases to this file")
     load = commands.add_parser("load", help="apply under streams")
     load.add_argument("--model", default="smollm2-135m")
@@ -177,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
             for setting in _settings()
             if options.model in (None, setting.model)
             and options.quantization in (None, setting.quantization)
+            and options.kv_dtype in (None, setting.kv_dtype)
+            and options.speculation in (None, setting.speculation)
         ]
         cases = asyncio.run(measure_previews(settings))
         print(preview_table(cases))

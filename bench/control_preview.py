@@ -1,15 +1,18 @@
 """Previews held against reality, a server of its own for each setting: used by `bench.control`.
 
 Memory is what the process has in fact, its whole KV cache written to, before anything else was
-done in it. Speed is what a client counts. Calibrations and loads take turns, and what is promised
-for a load is the mean of the promises right before and right after it: the machine's speed changes
-from one minute to the next. Where it did, there are more turns.
+done in it. Speed is what a client counts: answers are greedy and so the same each time, and one
+with log-probabilities has told beforehand where in the text each token ends. Calibrations and
+loads take turns, and what is promised for a load is the mean of the promises right before and
+right after it: the machine's speed changes from one minute to the next. Where it did, there are
+more turns.
 """
 
 import asyncio
 import itertools
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import aiohttp
+import msgspec
 
 from bench.client import Outcome, Target, complete
 from bench.http_json import get_json
@@ -50,6 +54,17 @@ def _own_cache() -> Iterator[Path]:
         yield folder
 
 
+class _Stream(msgspec.Struct, frozen=True):
+    """How many tokens of an answer a client had, and when."""
+
+    times_s: list[float]
+    num_tokens: list[int]  # received by then
+
+    def received(self, at_s: float) -> int:
+        index = bisect_right(self.times_s, at_s)
+        return self.num_tokens[index - 1] if index else 0
+
+
 class _Bench:
     """One server with one setting."""
 
@@ -67,6 +82,7 @@ class _Bench:
         # and is known of texts that were served before.
         self._texts = self._fresh(max(CONCURRENCIES), _PROMPT_WORDS)
         self._turns_of_texts = itertools.cycle(self._texts)
+        self._token_ends: dict[str, list[int]] = {}  # characters of the answer to each, by token
 
     async def cases(self) -> list[Case]:
         """Fill the cache, look at the memory, then hold the promises of speed."""
@@ -83,6 +99,8 @@ class _Bench:
         overview = await get_json(self._session, f"{self._server.url}/v1/optimizations")
         allocated = overview["today"]["memory"]
         await self._wait_for_quality()
+        ends = await asyncio.gather(*(self._look_at_tokens(text) for text in self._texts))
+        self._token_ends = dict(zip(self._texts, ends, strict=True))
         for _ in range(_LEARNING_LOADS if self._setting.speculation != "off" else 0):
             await self._load(self._texts)
         preview, promises, rounds = await self._take_turns()
@@ -106,15 +124,17 @@ class _Bench:
             for concurrency in CONCURRENCIES
         ]
 
-    async def _take_turns(self) -> tuple[Any, dict[int, list[Any]], dict[int, list[list[Outcome]]]]:
+    async def _take_turns(self) -> tuple[Any, dict[int, list[Any]], dict[int, list[list[_Stream]]]]:
         """The last preview, and by streams the promises with a turn's loads after each but one."""
-        rounds: dict[int, list[list[Outcome]]] = {streams: [] for streams in CONCURRENCIES}
+        rounds: dict[int, list[list[_Stream]]] = {streams: [] for streams in CONCURRENCIES}
         promises: dict[int, list[Any]] = {streams: [] for streams in CONCURRENCIES}
         preview = await self._promise(promises)
         for turn in range(1, _MAX_TURNS + 1):
             for streams in CONCURRENCIES:
                 for _ in range(_LOADS[streams]):
-                    rounds[streams].append(await self._load(self._next_texts(streams)))
+                    texts = self._next_texts(streams)
+                    outcomes = await self._load(texts)
+                    rounds[streams].append(list(map(self._stream, texts, outcomes)))
             preview = await self._promise(promises)
             is_steady = all(_mean_promise(p)["drift"] <= _MAX_DRIFT for p in promises.values())
             if turn >= _TURNS and is_steady:
@@ -156,6 +176,31 @@ class _Bench:
     def _next_texts(self, count: int) -> list[str]:
         return [next(self._turns_of_texts) for _ in range(count)]
 
+    async def _look_at_tokens(self, text: str) -> list[int]:
+        """Where in the answer to a text each of its tokens ends, in characters."""
+        body = {
+            "model": self._model,
+            "prompt": text,
+            "max_tokens": _OUTPUT_TOKENS,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": 0,
+        }
+        answer = await get_json(self._session, f"{self._server.url}/v1/completions", body)
+        (choice,) = answer["choices"]
+        return [*choice["logprobs"]["text_offset"][1:], len(choice["text"])]
+
+    def _stream(self, text: str, outcome: Outcome) -> _Stream:
+        if outcome.error is not None:
+            raise RuntimeError(f"a request failed: {outcome.error}")
+        ends = self._token_ends[text]
+        if len(outcome.text) != ends[-1]:
+            raise RuntimeError("an answer differs from an earlier one to the same text")
+        return _Stream(
+            [outcome.sent_at_s + time_s for time_s in outcome.chunk_times_s],
+            [bisect_right(ends, chars) for chars in itertools.accumulate(outcome.chunk_chars)],
+        )
+
     async def _load(
         self,
         prompts: Sequence[str],
@@ -186,19 +231,13 @@ def _mean_promise(promises: Sequence[Any]) -> dict[str, float]:
     return {"promised": mean("value"), "low": mean("low"), "high": mean("high"), "drift": drift}
 
 
-def _decode_rate(rounds: Sequence[Sequence[Outcome]]) -> float:
+def _decode_rate(rounds: Sequence[Sequence[_Stream]]) -> float:
     """Tokens per second of all streams while every one of them decodes, over all rounds."""
     tokens = seconds = 0.0
-    for outcomes in rounds:
-        bad = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if bad:
-            raise RuntimeError(f"a request failed: {bad[0]}")
-        begin = max(o.sent_at_s + o.chunk_times_s[0] for o in outcomes)
-        end = min(o.sent_at_s + o.chunk_times_s[-1] for o in outcomes)
-        for outcome in outcomes:
-            # A chunk holds several tokens where drafts were accepted.
-            chunks = [t for t in outcome.chunk_times_s if begin < outcome.sent_at_s + t <= end]
-            tokens += len(chunks) * outcome.output_tokens / len(outcome.chunk_times_s)
+    for streams in rounds:
+        begin = max(stream.times_s[0] for stream in streams)
+        end = min(stream.times_s[-1] for stream in streams)
+        tokens += sum(stream.received(end) - stream.received(begin) for stream in streams)
         seconds += end - begin
     return tokens / seconds
 

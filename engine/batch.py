@@ -194,10 +194,13 @@ class Batch:
             buffers["top_logprobs"],
         )
 
-    def time_probe(self, num_tokens: int, block_ids: Row[int]) -> float:
-        """Compute a made-up text of so many tokens, all of them sampled; return the seconds.
+    def time_probe(
+        self, num_tokens: int, block_ids: Row[int], *, num_rows: int | None = None
+    ) -> float:
+        """Compute a made-up text of so many tokens; return the seconds.
 
-        Between two steps: it writes into these blocks, which nobody may hold.
+        The first `num_rows` of them are sampled, by default all. Between two steps: it writes into
+        these blocks, which nobody may hold.
         """
         buffers = self._buffers
         positions = np.arange(num_tokens, dtype=np.int32)
@@ -219,7 +222,7 @@ class Batch:
         if self._hidden_window:
             buffers["hidden_rows"][:num_tokens] = -1
         began_s = time.perf_counter()
-        self._core.step(num_tokens, 1, num_tokens)
+        self._core.step(num_tokens, 1, num_tokens if num_rows is None else num_rows)
         return time.perf_counter() - began_s
 
     def _keep_hidden(

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.batch import Core
+from engine.inquiries import Inquiries, T
 from engine.migration import WARM_UP_ID, Park, Redraft, Switch, SwitchError
 from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
 from engine.sequence import Sequence
+from engine.speculation.profiles import DraftProfiles
 from engine.speculation.report import SpeculationReport, report
 from engine.speculation.setup import OFF, Speculation
 from engine.succession import Change, Succession
@@ -46,7 +48,7 @@ class Engine:
         self._eos_token_ids = frozenset(settings.eos_token_ids)
         self._succession = Succession(Runner(core, settings, speculation))
         self._inbox: deque[Submit | Abort | Change] = deque()
-        self._inquiries: deque[Future[SpeculationReport]] = deque()
+        self._inquiries = Inquiries()
         self._wake = threading.Event()
         # Guards the inbox against its end: a message is either read by the thread or refused.
         self._inbox_lock = threading.Lock()
@@ -91,14 +93,25 @@ class Engine:
 
     def speculation(self) -> Future[SpeculationReport]:
         """What speculation does now and why; answered between two steps. Callable anywhere."""
-        request: Future[SpeculationReport] = Future()
-        with self._inbox_lock:
-            if self._closed_with is None:
-                self._inquiries.append(request)
-            else:
-                request.cancel()
+        return self._ask(lambda runner: report(runner.speculator.policy))
+
+    def draft_profiles(self) -> Future[DraftProfiles]:
+        """What recent drafts promised; answered likewise."""
+        return self._ask(lambda runner: runner.speculator.policy.profiles())
+
+    def time_step(
+        self, num_tokens: int, other: Runner | None = None, *, num_rows: int | None = None
+    ) -> Future[float | None]:
+        """Seconds of a made-up step, computed between two steps; None where no block is free.
+
+        It is one of the core that serves, or of `other`, which nobody else may use meanwhile.
+        """
+        return self._ask(lambda runner: (other or runner).time_step(num_tokens, num_rows))
+
+    def _ask(self, question: Callable[[Runner], T]) -> Future[T]:
+        answer = self._inquiries.ask(question)
         self._wake.set()
-        return request
+        return answer
 
     def submit(self, message: Submit) -> None:
         """Queue a sequence; callable from any thread. After the end it is answered at once."""
@@ -158,21 +171,13 @@ class Engine:
             log.exception("the engine thread ends")
             self._close(f"the engine failed: {error!r}")
         # Whoever asked after the last turn is not left waiting.
-        with self._inbox_lock:
-            for request in self._inquiries:
-                request.cancel()
-
-    def _answer_inquiries(self) -> None:
-        while self._inquiries:
-            request = self._inquiries.popleft()
-            # One who has gone away has cancelled it.
-            if request.set_running_or_notify_cancel():
-                request.set_result(report(self._succession.runner.speculator.policy))
+        self._inquiries.end()
 
     def _turn(self) -> bool:
         """Handle the inbox and compute one step, or wait for work; false at the end."""
         self._heartbeat_s = time.monotonic()
-        self._answer_inquiries()
+        self._inquiries.answer(self._succession.runner)
+        self._heartbeat_s = time.monotonic()  # what answers took is no part of the next step
         if self._has_nothing_to_do() and not self._inbox:
             return self._wait()
         self._is_idle = False

@@ -220,6 +220,25 @@ class Runner:
         finally:
             blocks.release(taken)
 
+    def time_step(self, num_tokens: int, num_rows: int | None = None) -> float | None:
+        """Seconds of a made-up step; None where no block is free for it. Between two steps.
+
+        The second of two counts: as when serving, the core's own step has come before. Logits are
+        computed for `num_rows` tokens, by default all.
+        """
+        if num_tokens > self.settings.max_step_tokens:
+            return None
+        blocks = self._blocks
+        count = blocks.num_blocks_for(num_tokens)
+        if blocks.num_free < count:
+            return None
+        taken = blocks.allocate(count)
+        try:
+            self._batch.time_probe(num_tokens, taken, num_rows=num_rows)
+            return self._batch.time_probe(num_tokens, taken, num_rows=num_rows)
+        finally:
+            blocks.release(taken)
+
     def release_core(self) -> None:
         """Put the running sequences back in the queue and let the core go; no step follows."""
         self._calibration.close()

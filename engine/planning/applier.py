@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -27,12 +27,15 @@ from engine.planning.preview import Planner, Preview
 from engine.planning.proposal import Proposal
 from engine.planning.quality import Quality, QualityMeasurer
 from engine.planning.receipts import Receipt, ReceiptLog
-from engine.runner import EngineSettings
+from engine.runner import EngineSettings, Runner
+from engine.speculation.profiles import DraftProfiles
 from engine.speculation.report import SpeculationReport
 from engine.speculation.setup import Speculation
 from engine.types import SamplingParams, Submit
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NICENESS = 10  # of the thread that packs weights beside those that serve
 _ANY_BYTES = 1 << 60
@@ -61,6 +64,10 @@ class SwitchableEngine(Protocol):
     def redraft(self, speculation: Speculation) -> Future[None]: ...
 
     def speculation(self) -> Future[SpeculationReport]: ...
+
+    def draft_profiles(self) -> Future[DraftProfiles]: ...
+
+    def time_step(self, num_tokens: int, other: Runner | None = ...) -> Future[float | None]: ...
 
     def stop(self, grace_s: float) -> object: ...
 
@@ -202,20 +209,18 @@ class Applier:
         """What speculation does; None where the engine does not answer or nobody drafts."""
         if not self.deployment.loaded.speculation.drafters:
             return None
-        request = self.engine().speculation()
-        try:
-            return request.result(_REPORT_WAIT_S)
-        except (TimeoutError, CancelledError):
-            request.cancel()
-            return None
+        return _answer(self.engine().speculation())
 
     def learn_drafts(self) -> None:
         """Let predictions rest on what the drafters have shown by now."""
-        report = self.speculation_report()
-        if report is None:
+        if not self.deployment.loaded.speculation.drafters:
+            return
+        report = _answer(self.engine().speculation())
+        profiles = _answer(self.engine().draft_profiles())
+        if report is None or profiles is None:
             return
         planner = self.planner
-        planner.measured_drafts = planner.measured_drafts.renewed(measured_drafts(report))
+        planner.measured_drafts = planner.measured_drafts.renewed(measured_drafts(report, profiles))
 
     def quality(self, config: EngineConfig) -> Quality:
         """Of a setting; where it was never measured, that begins in the background."""
@@ -259,3 +264,12 @@ class Applier:
         vocab_size = self.deployment.loaded.spec.vocab_size
         prompt = tuple(7919 * i % vocab_size for i in range(1, 17))
         self.engine().submit(Submit(next(self._probe_ids), prompt, params, time.monotonic()))
+
+
+def _answer(inquiry: Future[T]) -> T | None:
+    """What the engine thread answers; None where it does not."""
+    try:
+        return inquiry.result(_REPORT_WAIT_S)
+    except (TimeoutError, CancelledError):
+        inquiry.cancel()
+        return None

@@ -19,6 +19,7 @@ from engine.planning.observer import DecodeWindow
 from engine.planning.preview import Preview
 from engine.planning.proposal import changes_drafters_only, settings_of
 from engine.planning.receipts import MemoryOutcome, Receipt, SpeedOutcome, speed_outcome
+from engine.planning.rehearsal import Estimate, rehearse
 from engine.speculation.setup import OFF
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class ApplyRun:
         self._old = applier.deployment
         self._began_s = time.monotonic()
         self._build_s = self._switch_s = 0.0
+        # What is promised: by the model of a calibrated setting, else by the new core's own steps.
+        self._model: CostModel | None = None
+        self._estimate: Estimate | None = None
+        self._before: DecodeWindow | None = None  # the load and its speed, shortly before
         self._pauses_s: dict[str, float] = {}  # by the state in which they ended
 
     def run(self) -> None:
@@ -61,12 +66,13 @@ class ApplyRun:
     def _apply(self) -> None:
         applier, request = self._applier, self._status.proposal
         config = request.changed(self._old.config)
-        before, pace = applier.observer.window(time.monotonic() - 10.0, None), applier.pace()
+        self._before = applier.observer.window(time.monotonic() - 10.0, None)
+        pace = applier.pace()
         preview = applier.preview(request, measure=self._measure)
         if not preview.memory.fits:
             raise ConfigError(shortage_text(preview.memory))
         plan = applier.planner.plan(config)
-        model = applier.planner.cost_model(config, plan, measure=False, pace=pace)
+        self._model = applier.planner.cost_model(config, plan, measure=False, pace=pace)
         ledger = plan.ledger
         mode = self._mode(config, ledger)
         self._update("building", f"building the new state ({mode})", mode=mode, preview=preview)
@@ -79,7 +85,7 @@ class ApplyRun:
         new = applier.deployment
         memory = MemoryOutcome(new.loaded.ledger.components(), new.measured().components())
         del new  # a rollback may need its memory
-        self._finish(memory, preview, model, before)
+        self._finish(memory, preview)
 
     def _mode(self, config: EngineConfig, ledger: Ledger) -> Mode:
         if changes_drafters_only(self._old.config, config):
@@ -163,6 +169,8 @@ class ApplyRun:
         fault = self_check(new.loaded.core, new.loaded.spec.vocab_size)
         if fault is not None:
             raise ConfigError(f"the new state failed its self-check: {fault}")
+        if self._model is None and self._status.mode == "beside":
+            self._estimate = rehearse(self._applier.engine(), new, self._before)
 
     def _switch_to(self, new: Deployment) -> None:
         """Move the running sequences; on return the new deployment is the one that serves."""
@@ -181,16 +189,10 @@ class ApplyRun:
         )
         settle(done, _SWITCH_TIMEOUT_S)
 
-    def _finish(
-        self,
-        memory: MemoryOutcome,
-        preview: Preview,
-        model: CostModel | None,
-        before: DecodeWindow | None,
-    ) -> None:
+    def _finish(self, memory: MemoryOutcome, preview: Preview) -> None:
         self._update("measuring", "measuring what the new setting does")
-        window = self._observe(model)
-        speed = speed_outcome(window, model, before)
+        window = self._observe()
+        speed = speed_outcome(window, self._model, self._before, self._estimate)
         missed = (
             speed.predicted is not None
             and speed.measured is not None
@@ -211,20 +213,19 @@ class ApplyRun:
             reason = "speed was not predicted"
         self._end("done", reason, memory, speed, preview)
 
-    def _observe(self, model: CostModel | None) -> DecodeWindow | None:
+    def _observe(self) -> DecodeWindow | None:
         """Watch decode steps for a while; where there are too few, decode something."""
         applier = self._applier
         since_s = time.monotonic()
         has_probed = False
         while True:
             time.sleep(0.1)
-            window = applier.observer.window(since_s, model)
-            num_steps = 0 if window is None else window.num_steps
+            num_steps = applier.observer.num_steps(since_s)
             waited_s = time.monotonic() - since_s
-            if waited_s >= _MEASURE_S and (num_steps >= _MIN_STEPS or waited_s > 3 * _MEASURE_S):
-                return window
-            if num_steps >= _ENOUGH_STEPS and waited_s > _MEASURE_S / 3:
-                return window
+            is_enough = waited_s >= _MEASURE_S and num_steps >= _MIN_STEPS
+            is_plenty = waited_s > _MEASURE_S / 3 and num_steps >= _ENOUGH_STEPS
+            if is_enough or is_plenty or waited_s > 3 * _MEASURE_S:
+                return applier.observer.window(since_s, self._model)
             if num_steps < _MIN_STEPS and waited_s > _MEASURE_S / 6 and not has_probed:
                 has_probed = True
                 applier.probe()

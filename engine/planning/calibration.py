@@ -24,7 +24,7 @@ from engine.runner import EngineSettings
 from engine.types import SamplingParams, StepReport, Submit
 
 BUDGET_S = 4.7  # what was begun by then may take a little longer
-_VERSION = 3  # of what is measured and kept
+_VERSION = 4  # of what is measured and kept
 _DECODE_WIDTHS = (1, 8, 2, 32, 16, 4, 64)  # the most telling first, for when time runs out
 _DECODE_STEPS = {1: 12, 2: 8, 4: 8, 8: 8, 16: 5, 32: 4, 64: 3}
 SHORT_PROMPT = 2  # tokens; as many sequences as a width has are one step
@@ -104,7 +104,7 @@ def calibrate(
 ) -> Calibration:
     """Measure, and keep the result unless the machine is known to be busy."""
     began_s = time.monotonic()
-    num_layers, scale = _layers_in_time(spec, plan)
+    num_layers = _layers_in_time(spec, plan)
     core = synthetic_core(
         spec,
         plan.weights,
@@ -116,7 +116,8 @@ def calibrate(
     )
     bench = _StepBench(core, spec.vocab_size)
     try:
-        result = _measure(bench, began_s + BUDGET_S, scale)
+        missing = _MissingLayers(bench, spec.num_layers / num_layers - 1.0)
+        result = _measure(bench, missing, began_s + BUDGET_S)
     finally:
         bench.stop()
     result = msgspec.structs.replace(result, seconds=time.monotonic() - began_s)
@@ -168,6 +169,12 @@ class _StepBench:
             raise TimeoutError("the calibration's steps do not end")
         return self._reports
 
+    def layers_s(self, num_tokens: int) -> float:
+        """Seconds of a step of so many tokens without logits."""
+        seconds = self._engine.time_step(num_tokens, num_rows=0).result(60)
+        assert seconds is not None, "all blocks are free between two runs"
+        return seconds
+
     def stop(self) -> None:
         self._engine.stop(0.0)
 
@@ -178,7 +185,29 @@ class _StepBench:
             self._done.set()
 
 
-def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
+class _MissingLayers:
+    """What the layers take that a cut core lacks.
+
+    They cannot be told from the whole time: a value of a layer's small matrices takes longer than
+    one of a vocabulary's large one.
+    """
+
+    def __init__(self, bench: _StepBench, share: float) -> None:
+        """`share`: of the layers that are there."""
+        self.share = share
+        self._bench = bench
+        self._times_s: dict[int, list[float]] = {}
+
+    def measure(self, num_tokens: int) -> None:
+        if self.share:
+            self._times_s.setdefault(num_tokens, []).append(self._bench.layers_s(num_tokens))
+
+    def seconds(self, num_tokens: int) -> float:
+        times_s = self._times_s.get(num_tokens)
+        return self.share * statistics.median(times_s) if times_s else 0.0
+
+
+def _measure(bench: _StepBench, missing: _MissingLayers, deadline_s: float) -> Calibration:
     """Go through all sizes, then through the narrow ones again while there is time.
 
     The machine's speed wavers: turns taken apart say more than as many steps in a row.
@@ -195,6 +224,7 @@ def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
         if began_s + likely_s > deadline_s and len(steps) >= 2:
             return []
         reports = bench.run(width, SHORT_PROMPT, _DECODE_STEPS[width] + 1)
+        missing.measure(width)
         steps[width] = steps.get(width, []) + reports
         took_s[width] = time.monotonic() - began_s
         return reports
@@ -204,24 +234,29 @@ def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
     short = run(1)
     long = bench.run(1, LONG_PROMPT, _LONG_STEPS)
     short += run(1)
-    prefill = {
-        _SHORT_CHUNK: _timing(bench.run(1, _SHORT_CHUNK, 1), _SHORT_CHUNK, scale),
-        _STEP_TOKENS: _timing(long, _STEP_TOKENS, scale),
-    }
+    chunk = bench.run(1, _SHORT_CHUNK, 1)
+    for size in (_SHORT_CHUNK, _STEP_TOKENS):
+        missing.measure(size)
     for width in _DECODE_WIDTHS:
         if width not in steps:
             run(width)
     for _ in range(_MAX_TURNS):
         for width in _REPEATED_WIDTHS:
             run(width)
-    context_s = _timing(long, 1, scale).seconds - _timing(short, 1, scale).seconds
+    context_s = _timing(long, 1).seconds - _timing(short, 1).seconds
     second = LONG_PROMPT - _STEP_TOKENS  # as long as the short chunk, which had no context
-    extra_s = _timing(long, second, scale).seconds - prefill[_SHORT_CHUNK].seconds
+    extra_s = _timing(long, second).seconds - _timing(chunk, _SHORT_CHUNK).seconds
+    whole = 1.0 + missing.share
     return Calibration(
-        decode={width: _timing(steps[width], width, scale) for width in sorted(steps)},
-        prefill=prefill,
-        context_s_per_token=max(0.0, context_s / (LONG_PROMPT + _LONG_STEPS / 2 - SHORT_PROMPT)),
-        prefill_context_s=max(0.0, extra_s / (second * _STEP_TOKENS)),
+        decode={n: _timing(steps[n], n, missing.seconds(n)) for n in sorted(steps)},
+        prefill={
+            _SHORT_CHUNK: _timing(chunk, _SHORT_CHUNK, missing.seconds(_SHORT_CHUNK)),
+            _STEP_TOKENS: _timing(long, _STEP_TOKENS, missing.seconds(_STEP_TOKENS)),
+        },
+        context_s_per_token=max(
+            0.0, whole * context_s / (LONG_PROMPT + _LONG_STEPS / 2 - SHORT_PROMPT)
+        ),
+        prefill_context_s=max(0.0, whole * extra_s / (second * _STEP_TOKENS)),
         python_s=min(_python_s() for _ in range(_PYTHON_TURNS)),
         load_average=os.getloadavg()[0],
         seconds=0.0,
@@ -229,12 +264,13 @@ def _measure(bench: _StepBench, deadline_s: float, scale: float) -> Calibration:
     )
 
 
-def _timing(reports: list[StepReport], num_tokens: int, scale: float) -> Timing:
+def _timing(reports: list[StepReport], num_tokens: int, missing_s: float = 0.0) -> Timing:
+    """Of the steps of so many tokens; `missing_s` is what their layers lack."""
     times = sorted(r.step_s for r in reports if r.num_step_tokens == num_tokens)
     assert times, f"no step of {num_tokens} tokens"
     median = statistics.median(times)
     low, high = times[len(times) // 4], times[-1 - len(times) // 4]
-    return Timing(median * scale, (high - low) / 2 / median)
+    return Timing(median + missing_s, (high - low) / 2 / median)
 
 
 def _python_s() -> float:
@@ -247,17 +283,14 @@ def _python_s() -> float:
     return time.perf_counter() - began_s
 
 
-def _layers_in_time(spec: ModelSpec, plan: DeploymentPlan) -> tuple[int, float]:
-    """How many layers can be measured in time, and the whole model's time over theirs."""
+def _layers_in_time(spec: ModelSpec, plan: DeploymentPlan) -> int:
+    """How many layers can be measured in time."""
     values = dict.fromkeys((False, True), 0)
     for item in plan.weights.tensors:
         if item.format is not None:
             values[item.slot.layer >= 0] += item.slot.shape[0] * item.slot.shape[1]
-    layer_values = values[True] / spec.num_layers
     room = max(0.0, _MAX_VALUES - values[False])
-    num_layers = max(1, min(spec.num_layers, int(room / layer_values)))
-    measured = values[False] + num_layers * layer_values
-    return num_layers, (values[True] + values[False]) / measured
+    return max(1, min(spec.num_layers, int(room / (values[True] / spec.num_layers))))
 
 
 def _path(key: str) -> Path:

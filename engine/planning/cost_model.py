@@ -56,9 +56,21 @@ class CostModel:
 
     def decode_step_s(self, num_sequences: float, context_tokens: float) -> float:
         """A step that advances sequences by one token; `context_tokens` is their sum."""
-        seconds = _interpolate(self._widths, self.calibration.decode, num_sequences)
+        return self.verify_step_s(num_sequences, context_tokens, 0)
+
+    def verify_step_s(
+        self, num_sequences: float, context_tokens: float, num_drafted: float
+    ) -> float:
+        """The same with drafted tokens, which stand behind these sequences' own.
+
+        They read no keys and values that their sequence does not read anyway: what context adds
+        for them is what it adds for a prompt's tokens in one chunk.
+        """
+        calibration = self.calibration
+        seconds = _interpolate(self._widths, calibration.decode, num_sequences + num_drafted)
         beyond = max(0.0, context_tokens - num_sequences * SHORT_PROMPT)
-        return seconds + beyond * self.calibration.context_s_per_token
+        seconds += beyond * calibration.context_s_per_token
+        return seconds + num_drafted * beyond / num_sequences * calibration.prefill_context_s
 
     def prefill_s(self, prompt_tokens: int) -> float:
         """All chunks of a prompt that is computed alone."""
@@ -88,10 +100,10 @@ class CostModel:
         """Tokens per second with drafts over those without; `extra_s` is added to every step."""
         if self._drafting is None:
             return 1.0
+        context = context_tokens / num_sequences
 
-        def step_s(num_tokens: float) -> float:
-            seen = context_tokens * num_tokens / num_sequences
-            return self.decode_step_s(num_tokens, seen) + extra_s
+        def step_s(num_own: float, num_drafted: float) -> float:
+            return self.verify_step_s(num_own, num_own * context, num_drafted) + extra_s
 
         return self._drafting.gain(num_sequences, step_s)
 

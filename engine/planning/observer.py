@@ -37,6 +37,8 @@ class DecodeWindow(msgspec.Struct, frozen=True, kw_only=True):
 
     num_steps: int
     mean_sequences: float
+    mean_tokens: float  # of a step, drafted ones included
+    step_s: float  # mean
     mean_emitted: float  # tokens of a sequence in a step; beyond 1 they are accepted drafts
     tokens_per_s: float  # of all sequences, while steps ran
     predicted_tokens_per_s: float | None  # for the very same steps
@@ -108,10 +110,17 @@ class Observer:
         return DecodeWindow(
             num_steps=len(steps),
             mean_sequences=sum(step.num_sequences for step in steps) / len(steps),
+            mean_tokens=sum(s.num_sequences + s.num_drafted for s in steps) / len(steps),
+            step_s=seconds / len(steps),
             mean_emitted=tokens / sum(step.num_sequences for step in steps),
             tokens_per_s=tokens / seconds,
             predicted_tokens_per_s=predicted,
         )
+
+    def num_steps(self, since_s: float) -> int:
+        """How many decode steps ended since then."""
+        with self._lock:
+            return sum(step.ended_at_s >= since_s for step in self._steps)
 
     def pace(self, since_s: float, model: CostModel) -> Pace | None:
         """Times of the steps without drafts that ended since then, by those of the model; None

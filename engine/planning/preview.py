@@ -24,12 +24,14 @@ from engine.planning.calibration import (
 )
 from engine.planning.cost_model import CostModel, Speed
 from engine.planning.drafting import (
+    NOTHING,
     UNKNOWN_MODEL,
     UNMEASURED_NGRAM,
-    Acceptance,
     Drafting,
     MeasuredDrafts,
     ModelDrafts,
+    Survivals,
+    alike,
 )
 from engine.planning.memory import Memory, Routes, look_at_memory, routes
 from engine.planning.pace import Pace
@@ -137,16 +139,20 @@ class Planner:
         if head is not None:
             shipped = UNKNOWN_MODEL
             if head.acceptance_by_position:
-                shipped = Acceptance(1.0, tuple(head.acceptance_by_position), "estimated")
+                shipped = alike(tuple(head.acceptance_by_position), "estimated")
             share = module_weights_bytes(head, checkpoint.spec, headers.isa) / target_bytes
             models.append(_model_drafts("mtp", known, shipped, share))
         if headers.draft is not None and config.drafts_with_model:
             share = planned_weights_bytes(headers.draft.weights, headers.isa) / target_bytes
             models.append(_model_drafts("draft", known, UNKNOWN_MODEL, share))
-        if config.speculation in ("auto", "ngram"):
-            ngram = known.acceptance.get("ngram", UNMEASURED_NGRAM)
-            return Drafting(ngram=ngram, models=tuple(models))
-        return Drafting(models=tuple(models)) if models else None
+        has_lookup = config.speculation in ("auto", "ngram")
+        if not has_lookup and not models:
+            return None
+        return Drafting(
+            free=(known.free or UNMEASURED_NGRAM) if has_lookup else NOTHING,
+            models=tuple(models),
+            deciding_s=known.deciding_s,
+        )
 
     def quality_key(self, plan: DeploymentPlan) -> QualityKey:
         """Name what the quality of this plan depends on."""
@@ -211,9 +217,9 @@ def pinned(config: EngineConfig, ledger: Ledger, plan: DeploymentPlan) -> Engine
 
 
 def _model_drafts(
-    name: str, known: MeasuredDrafts, shipped: Acceptance, run_share: float
+    name: str, known: MeasuredDrafts, shipped: Survivals, run_share: float
 ) -> ModelDrafts:
-    return ModelDrafts(known.acceptance.get(name, shipped), known.run_share.get(name, run_share))
+    return ModelDrafts(known.models.get(name, shipped), known.run_share.get(name, run_share))
 
 
 def _model_digest(headers: ModelHeaders) -> str:

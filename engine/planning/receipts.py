@@ -12,6 +12,7 @@ import msgspec
 from engine.planning.cost_model import CostModel, Interval
 from engine.planning.observer import DecodeWindow
 from engine.planning.quality import Quality
+from engine.planning.rehearsal import Estimate
 
 _KEPT_IN_MEMORY = 50
 
@@ -27,6 +28,8 @@ class SpeedOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """Decode tokens per second of all sequences, over the steps that were observed."""
 
     predicted: Interval | None
+    # Of a calibration; or of a few steps of the new core, timed before it served.
+    basis: Literal["calibrated", "estimated"] | None
     measured: float | None
     num_sequences: float | None  # mean of the observed steps
     num_steps: int
@@ -79,16 +82,28 @@ class ReceiptLog:
 
 
 def speed_outcome(
-    window: DecodeWindow | None, model: CostModel | None, before: DecodeWindow | None
+    window: DecodeWindow | None,
+    model: CostModel | None,
+    before: DecodeWindow | None,
+    estimate: Estimate | None = None,
 ) -> SpeedOutcome:
-    """What a window of decode steps says of a promise, and of the speed before."""
+    """What a window of decode steps says of a promise, and of the speed before.
+
+    Without a model the promise is the estimate, where the load is still what that is about.
+    """
     predicted = None
+    basis: Literal["calibrated", "estimated"] | None = None
     if window is not None and model is not None and window.predicted_tokens_per_s is not None:
         value = window.predicted_tokens_per_s
         margin = model.margin(window.mean_sequences)
         predicted = Interval(value, value * (1 - margin), value * (1 + margin))
+        basis = "calibrated"
+    elif window is not None and estimate is not None:
+        predicted = estimate.interval(window)
+        basis = None if predicted is None else "estimated"
     return SpeedOutcome(
         predicted=predicted,
+        basis=basis,
         measured=window.tokens_per_s if window is not None else None,
         num_sequences=window.mean_sequences if window is not None else None,
         num_steps=window.num_steps if window is not None else 0,

@@ -81,6 +81,11 @@ class DepthPlanner:
         self._gains_left -= 1
         return self._mean_gains
 
+    def profiles(self) -> FloatArray:
+        """Survivals of recent drafts of full depth, of a sequence like any: (P, max_drafts)."""
+        rows = self._profiles[: min(self._num_profiles, NUM_PROFILES)]
+        return self._acceptance.survivals(rows, np.ones(1))
+
     def _profile_survivals(self, odds: float) -> FloatArray:
         """Survivals of recent drafts, of a sequence with these odds: (P, max_drafts)."""
         if self._num_profiles < MIN_PROFILES:

@@ -117,13 +117,24 @@ def rates_by_depth(
     for depth in range(1, max_depth + 1):
         num_usable = min(num_sequences * depth, room)
         drafted = groups[:, :, :depth].reshape(num_groups, -1)
-        emitted = np.full((num_groups, num_usable + 1), base_emitted)
-        best_first = -np.sort(-drafted, axis=1)[:, :num_usable]
-        emitted[:, 1:] += np.cumsum(best_first, axis=1)
         seconds = times_s[first : first + num_usable + 1] + draft_times_s[depth]
-        best = (emitted / seconds).argmax(axis=1)
-        rates[depth] = emitted[np.arange(num_groups), best].sum() / seconds[best].sum()
+        rates[depth] = rate_of_groups(drafted, base_emitted, seconds)
     return rates
+
+
+def rate_of_groups(
+    survivals: FloatArray,  # (G, drafted tokens)
+    base_emitted: float,
+    seconds: FloatArray,  # (verified tokens + 1,), or (G, verified tokens + 1)
+) -> float:
+    """Expected emitted tokens per second if of each group is verified what pays."""
+    num_groups, num_usable = len(survivals), seconds.shape[-1] - 1
+    emitted = np.full((num_groups, num_usable + 1), float(base_emitted))
+    best_first = -np.sort(-survivals, axis=1)[:, :num_usable]
+    emitted[:, 1:] += np.cumsum(best_first, axis=1)
+    seconds = np.broadcast_to(seconds, emitted.shape)
+    chosen = np.arange(num_groups), (emitted / seconds).argmax(axis=1)
+    return float(emitted[chosen].sum() / seconds[chosen].sum())
 
 
 def keep_or_change(rates: FloatArray, current: int, margin: float) -> int:

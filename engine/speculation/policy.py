@@ -15,6 +15,7 @@ from engine.speculation.costs import Costs
 from engine.speculation.drafter import Draft, Drafter
 from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
+from engine.speculation.profiles import DraftProfiles, RecentDrafts
 from engine.speculation.speedup import SpeedupMeter
 from engine.speculation.tally import Tally
 
@@ -62,11 +63,18 @@ class SpeculationPolicy:
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._num_calls = 0
         self.meter = SpeedupMeter()
-        # Of the coming step: seconds of drafting, sequences, and tokens drafted and emitted.
-        self._draft_s = 0.0
+        # Of the coming step: seconds of drafting and of models' part in it, sequences, and tokens
+        # drafted and emitted.
+        self._draft_s = self._models_s = 0.0
         self._num_sequences = self._num_drafted = self._num_emitted = 0
         self._num_resting = 0  # steps in a row in which nothing paid
         self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
+        self._recent = RecentDrafts(self._max_drafts)
+
+    def profiles(self) -> DraftProfiles:
+        """What recent drafts promised, for plans of other loads and other costs."""
+        planners = self.models.planners
+        return self._recent.profiles({name: one.profiles() for name, one in planners.items()})
 
     def draft(self, candidates: list[Candidate], num_other_tokens: int = 0) -> list[Draft]:
         """Return what to verify for each candidate in the coming step, often nothing.
@@ -77,11 +85,14 @@ class SpeculationPolicy:
         began_s = self._clock()
         drafts = self._draft(candidates, num_other_tokens)
         self._draft_s = self._clock() - began_s
+        if self._pending:
+            self._recent.add_time(len(candidates), self._draft_s - self._models_s)
         return drafts
 
     def _draft(self, candidates: list[Candidate], num_other_tokens: int) -> list[Draft]:
         self._num_calls += 1
         self._num_sequences, self._num_drafted, self._num_emitted = len(candidates), 0, 0
+        self._models_s = 0.0
         self._unpaid_plain_s = None
         self._pending.clear()
         self._verified.clear()
@@ -99,6 +110,8 @@ class SpeculationPolicy:
             indices = step.with_drafter("auto") + step.with_drafter(drafter.name)
             depths = step.limits(indices, drafter.max_drafts)
             self._ask(step, Ask(drafter.name, indices, depths))
+        if self._free:
+            self._recent.add_rows(step.survivals[step.with_drafter("auto")])
         if self.models.planners:
             rate = max(self._speedup, 1.0) * step.plain_rate
             for ask in self.models.assign(step, rate, may_probe=self._probe_credit_s > 0.0):
@@ -160,6 +173,8 @@ class SpeculationPolicy:
             if ask.verified:
                 self._unpaid_plain_s = step.seconds(0)
         planner = self.models.planners.get(ask.name)
+        if planner is not None:
+            self._models_s += draft_s
         if not any(draft.token_ids for draft in drafts):
             return  # it may have caught up with a prompt, which is not what a draft costs
         if planner is not None:

@@ -47,8 +47,9 @@ export function receiptNode(receipt) {
   const facts = [];
   const { speed, memory, quality } = receipt;
   if (speed?.measured) {
+    const how = speed.basis === "estimated" ? "estimated beforehand" : "promised";
     const promised = speed.predicted
-      ? `, promised ${number(speed.predicted.value)} (${number(speed.predicted.low)} to ${number(speed.predicted.high)})`
+      ? `, ${how} ${number(speed.predicted.value)} (${number(speed.predicted.low)} to ${number(speed.predicted.high)})`
       : "";
     facts.push(["Speed", `${number(speed.measured)} tokens/s measured${promised}`]);
   }

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from engine.speculation.costs import Costs
 from engine.speculation.policy import SpeculationPolicy
+from engine.speculation.profiles import DraftProfiles
 from engine.speculation.report import SpeculationReport, report
 from engine.tokenizer.errors import ChatTemplateError
 from engine.types import EngineLoad, StepReport, Submit, TokenEvent, TokenLogprobs
@@ -171,6 +172,11 @@ class FakeEngine:
     def speculation(self) -> Future[SpeculationReport]:
         done: Future[SpeculationReport] = Future()
         done.set_result(report(SpeculationPolicy([], Costs(1, 1))))
+        return done
+
+    def draft_profiles(self) -> Future[DraftProfiles]:
+        done: Future[DraftProfiles] = Future()
+        done.set_result(SpeculationPolicy([], Costs(1, 1)).profiles())
         return done
 
     def is_alive(self) -> bool:

@@ -154,6 +154,45 @@ def test_a_slow_kernel_stays_where_nobody_asked_to_roll_back(make_bench: MakeBen
     assert status.detail == "measured speed is below the promise"
 
 
+@pytest.mark.parametrize("turns_slow", [False, True])
+def test_what_is_applied_under_load_is_held_to_what_its_core_showed_beforehand(
+    make_bench: MakeBench, turns_slow: bool
+) -> None:
+    serves: list[bool] = []
+
+    def build(*args: Any, **options: Any) -> Deployment:
+        made = slowed(deploy(*args, **options), 0.004)
+        step = made.loaded.core.step
+
+        def slower(*sizes: int) -> None:
+            time.sleep(0.03 if serves and turns_slow else 0.0)
+            step(*sizes)
+
+        made.loaded.core.step = slower  # type: ignore[method-assign]
+        return made
+
+    bench = make_bench(slow_s=0.004, build=build)
+    switch = bench.engine.switch
+
+    def switched(*args: Any, **options: Any) -> Future[None]:
+        serves.append(True)
+        return switch(*args, **options)
+
+    bench.engine.switch = switched  # type: ignore[method-assign]
+    counts = _occupy(bench, max_tokens=450)
+    bench.wait_for(lambda: bench.observer.num_steps(0.0) >= 30)
+    status = bench.apply(quantization="int8", auto_rollback=turns_slow)
+    assert status.state == ("rolled_back" if turns_slow else "done"), status.detail
+    assert status.receipt is not None
+    speed = status.receipt.speed
+    assert speed is not None
+    assert speed.basis == "estimated", "nothing was calibrated"
+    assert speed.predicted is not None
+    assert speed.before is not None
+    assert 0.5 < speed.predicted.value / speed.before < 2.0, "both cores take about as long"
+    _assert_complete(bench, counts)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_without_room_for_both_the_old_state_goes_first(
     make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch, fails: bool

@@ -3,23 +3,27 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from engine.checkpoint.cache import cache_folder
 from engine.config import QUANTIZATIONS, ConfigError, EngineConfig
 from engine.loader import load_model, read_headers
+from engine.planning import calibration
 from engine.planning.calibration import SHORT_PROMPT, Calibration, Timing, calibrate
 from engine.planning.core_probe import self_check
 from engine.planning.cost_model import CostModel
-from engine.planning.drafting import Acceptance, Drafting, ModelDrafts
+from engine.planning.drafting import Drafting, ModelDrafts, Survivals, alike
 from engine.planning.observer import Observer
 from engine.planning.preview import Planner
 from engine.planning.proposal import Proposal, parse_size
 from engine.planning.qualification import qualify
 from engine.planning.quality import compare, measure, quality_of
 from engine.types import EngineLoad, StepReport, TokenEvent
+from tests.engine.tiny_model import make_tiny_model
 
 
 @pytest.fixture
@@ -150,6 +154,20 @@ def test_a_calibration_is_made_once_and_predicts_its_own_steps(
         assert interval.high < 1.21 * interval.value
 
 
+class PlantedCore:
+    """A core that takes a while for its layers, and for logits."""
+
+    def __init__(self, core: Any, *, head_s: float, layers_s: float) -> None:
+        self._core, self._head_s, self._layers_s = core, head_s, layers_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
+        time.sleep(self._layers_s + (self._head_s if num_rows else 0.0))
+        self._core.step(num_tokens, num_sequences, num_rows)
+
+
 CALIBRATION = Calibration(
     decode={1: Timing(0.010, 0.0), 8: Timing(0.024, 0.0)},
     prefill={128: Timing(0.1, 0.0), 512: Timing(0.4, 0.0)},
@@ -199,6 +217,9 @@ def test_the_cost_model_interpolates_and_adds_context() -> None:
     assert model.decode_step_s(4.5, 0) == pytest.approx(0.017)
     assert model.decode_step_s(16, 0) == pytest.approx(0.040)
     assert model.decode_step_s(1, 1000 + SHORT_PROMPT) == pytest.approx(0.011)
+    # Seven drafts read the same context as their sequence's own token.
+    verified_s = model.verify_step_s(1, 1000 + SHORT_PROMPT, 7)
+    assert verified_s == pytest.approx(0.024 + 1000 * 1e-6 + 7 * 1000 * 1e-9)
     assert model.prefill_s(128) == pytest.approx(0.1)
     assert model.prefill_s(640) == pytest.approx(0.5 + 128 * 512 * 1e-9)
     assert 0.010 <= model.prefill_s(1) <= model.prefill_s(64) <= 0.1
@@ -271,24 +292,74 @@ def test_the_calibration_does_not_read_the_weights(
     assert result.decode[1].seconds > 0
 
 
+def test_layers_that_there_is_no_time_for_are_reckoned_from_those_that_are_timed(
+    config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_model(
+        tmp_path / "deep", seed=1, num_hidden_layers=6, head_dim=32, tie_word_embeddings=False
+    )
+    deep = Planner(read_headers(msgspec.structs.replace(config, model=str(folder))))
+    made: list[int] = []
+    make = calibration.synthetic_core
+
+    def planted(*args: Any, num_layers: int, **options: Any) -> Any:
+        made.append(num_layers)
+        core = make(*args, num_layers=num_layers, **options)
+        return PlantedCore(core, head_s=0.006, layers_s=0.001 * num_layers)
+
+    monkeypatch.setattr(calibration, "synthetic_core", planted)
+    monkeypatch.setattr(calibration, "_MAX_VALUES", 0)
+    monkeypatch.setattr(calibration, "_MAX_TURNS", 0)
+    headers = deep.headers
+    result = calibrate(headers.checkpoint.spec, deep.plan(config), headers.isa, 1, keep=False)
+    assert made == [1]
+    for timing in (result.decode[1], result.decode[8]):
+        assert 0.012 <= timing.seconds < 0.016
+
+
 def test_drafts_gain_what_their_acceptance_and_their_cost_leave() -> None:
-    def flat(num_tokens: float) -> float:
+    def flat(num_sequences: float, num_drafted: float) -> float:
         return 0.01
 
-    def steep(num_tokens: float) -> float:
-        return 0.01 * num_tokens
+    def steep(num_sequences: float, num_drafted: float) -> float:
+        return 0.01 * (num_sequences + num_drafted)
 
-    certain = Acceptance(1.0, (1.0, 1.0), "measured")
+    certain = alike((1.0, 1.0), "measured")
     free = Drafting(models=(ModelDrafts(certain, 0.0),))
     assert free.gain(1, flat) == pytest.approx(3.0)
     assert free.gain(8, steep) == pytest.approx(1.0), "where a row costs a step nothing is gained"
     dear = Drafting(models=(ModelDrafts(certain, 0.5),))
     assert dear.gain(1, flat) == pytest.approx(3.0 / 2.0)
-    hopeless = Drafting(models=(ModelDrafts(Acceptance(1.0, (0.0,), "measured"), 0.5),))
+    hopeless = Drafting(models=(ModelDrafts(alike((0.0,), "measured"), 0.5),))
     assert hopeless.gain(1, flat) == 1.0, "the policy does not draft then"
-    half = Drafting(ngram=Acceptance(0.5, (1.0,), "estimated"))
+    half = Drafting(free=Survivals(np.array([[1.0], [0.0]]), "estimated"))
     assert half.gain(4, flat) == pytest.approx(1.5)
+    slow = msgspec.structs.replace(half, deciding_s=((4, 0.005),))
+    assert slow.gain(4, flat) == pytest.approx(1.0), "deciding takes as long as drafts save"
     assert (free.basis, half.basis) == ("measured", "estimated")
+
+
+def test_a_gain_is_of_the_drafts_that_are_worth_verifying_not_of_the_mean_draft() -> None:
+    def steep(num_sequences: float, num_drafted: float) -> float:
+        return 0.01 * num_sequences + 0.005 * num_drafted
+
+    sure, poor = [1.0] * 4, [0.1] * 4
+    mixed = Drafting(free=Survivals(np.array([sure, poor] * 50), "measured"))
+    assert mixed.gain(1, steep) == pytest.approx((5 + 1) / (3 + 1))
+    assert mixed.gain(2, steep) > 1.4
+    # All at their mean, no draft would pay at all.
+    mean = Drafting(free=Survivals(np.array([[0.49] * 4]), "measured"))
+    assert mean.gain(1, steep) == 1.0
+
+
+def test_a_model_is_asked_where_nothing_was_looked_up() -> None:
+    def flat(num_sequences: float, num_drafted: float) -> float:
+        return 0.01
+
+    found = Survivals(np.array([[1.0, 1.0], [0.0, 0.0]]), "measured")
+    both = Drafting(free=found, models=(ModelDrafts(alike((1.0, 1.0), "measured"), 0.25),))
+    # Half of the steps emit three tokens at once, the other half after two runs of the model.
+    assert both.gain(1, flat) == pytest.approx(3.0 / 1.25)
 
 
 def test_steps_with_drafts_count_what_they_emit() -> None:
