@@ -9,6 +9,8 @@
 namespace fulcrum {
 namespace {
 
+constexpr int kFewRows = 8;  // that kernels compute in one reading of the weights
+
 bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
@@ -200,7 +202,10 @@ void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, con
   };
   int num_tiles = 0;
   for (const Matrix* part : parts) num_tiles += tiles_of(part);
-  pool_->share(thread, num_tiles, [&](int begin, int end) {
+  // Of many rows kernels compute two tiles at once, so a thread takes an even number of them.
+  const int unit = num_rows > kFewRows ? 2 : 1;
+  pool_->share(thread, (num_tiles + unit - 1) / unit, [&](int begin_unit, int end_unit) {
+    const int begin = begin_unit * unit, end = std::min(end_unit * unit, num_tiles);
     int first_tile = 0;
     int64_t channel = 0;
     for (const Matrix* part : parts) {
