@@ -87,7 +87,8 @@ class Loops:
                 if outcome.error is None:
                     prompt = self._next_prompt()
                 else:  # refused: the same again when the server said so
-                    await asyncio.sleep(outcome.retry_after_s or 1.0)
+                    left_s = stretch.end_s - time.perf_counter()
+                    await asyncio.sleep(min(outcome.retry_after_s or 1.0, left_s))
 
         await asyncio.gather(*(client() for _ in range(width)))
         await watcher

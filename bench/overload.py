@@ -209,8 +209,8 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="smollm2-135m")
     add("--factor", type=float, default=4.0, help="of the capacity (%(default)s)")
-    add("--rounds", type=positive, default=3, help="overloads, each between two baselines")
-    add("--duration-s", type=float, default=30.0, help="of each overload (%(default)s)")
+    add("--rounds", type=positive, default=4, help="overloads, each between two baselines")
+    add("--duration-s", type=float, default=20.0, help="of each overload (%(default)s)")
     add("--baseline-s", type=float, default=15.0, help="of each baseline (%(default)s)")
     add("--concurrency", type=levels, default="8,16,32", help="levels to try (%(default)s)")
     add("--prompt-words", type=int, default=64)
