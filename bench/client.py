@@ -6,7 +6,7 @@ promises.
 
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import aiohttp
@@ -137,60 +137,84 @@ async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[tuple[float
                 yield arrived_at_s, line[5:].strip()
 
 
+class Answer:
+    """One request's answer as it comes in: feed it each SSE event, then take the `outcome`."""
+
+    def __init__(self) -> None:
+        self.sent_at_s = time.perf_counter()
+        self.status = 0
+        self.retry_after_s: float | None = None
+        self.error: str | None = None
+        self._times: list[float] = []
+        self._texts: list[str] = []
+        self._usage: _Usage | None = None
+        self._is_done = False
+
+    def push(self, arrived_at_s: float, data: bytes) -> bool:
+        """Take the data of an event; true after the last one. Raises msgspec.DecodeError."""
+        if data == b"[DONE]":
+            self._is_done = True
+            return True
+        chunk = _decode_chunk(data)
+        if chunk.error is not None:
+            self.error = f"error in the stream: {chunk.error}"
+            return True
+        self._usage = chunk.usage or self._usage
+        if text := _text(chunk):
+            self._times.append(arrived_at_s - self.sent_at_s)
+            self._texts.append(text)
+        return False
+
+    def refuse(self, headers: Mapping[str, str], text: str) -> None:
+        """Take an answer that is no stream; names of headers are given in small letters."""
+        self.retry_after_s = _retry_after_s(headers)
+        self.error = f"HTTP {self.status}: {text[:200]}"
+
+    def outcome(self) -> Outcome:
+        error, usage = self.error, self._usage
+        if error is None and not self._is_done:
+            error = "the stream ended without data: [DONE]"
+        if error is None and not self._times:
+            error = "the stream held no text"
+        details = usage.prompt_tokens_details if usage else None
+        return Outcome(
+            sent_at_s=self.sent_at_s,
+            end_to_end_s=time.perf_counter() - self.sent_at_s,
+            chunk_times_s=tuple(self._times),
+            chunk_chars=tuple(map(len, self._texts)),
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=details.cached_tokens if details else None,
+            output_tokens=usage.completion_tokens if usage else len(self._times),
+            text="".join(self._texts),
+            fulcrum=usage.fulcrum if usage else None,
+            status=self.status,
+            retry_after_s=self.retry_after_s,
+            error=error,
+        )
+
+
 async def complete(session: aiohttp.ClientSession, target: Target, prompt: str) -> Outcome:
     """Send one request, read its stream to the end, and never raise for what the server does."""
-    sent_at_s = time.perf_counter()
-    times: list[float] = []
-    texts: list[str] = []
-    usage: _Usage | None = None
-    status, error, done, retry_after_s = 0, None, False, None
+    answer = Answer()
     try:
         async with session.post(target.path, json=target.body(prompt)) as response:
-            status = response.status
-            if status != 200:
-                retry_after_s = _retry_after_s(response)
-                error = f"HTTP {status}: {(await response.text())[:200]}"
+            answer.status = response.status
+            if response.status != 200:
+                answer.refuse(response.headers, await response.text())
             else:
                 async for arrived_at_s, data in _events(response):
-                    if data == b"[DONE]":
-                        done = True
+                    if answer.push(arrived_at_s, data):
                         break
-                    chunk = _decode_chunk(data)
-                    if chunk.error is not None:
-                        error = f"error in the stream: {chunk.error}"
-                        break
-                    usage = chunk.usage or usage
-                    if text := _text(chunk):
-                        times.append(arrived_at_s - sent_at_s)
-                        texts.append(text)
     except (aiohttp.ClientError, TimeoutError, msgspec.DecodeError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    if error is None and not done:
-        error = "the stream ended without data: [DONE]"
-    if error is None and not times:
-        error = "the stream held no text"
-    details = usage.prompt_tokens_details if usage else None
-    return Outcome(
-        sent_at_s=sent_at_s,
-        end_to_end_s=time.perf_counter() - sent_at_s,
-        chunk_times_s=tuple(times),
-        chunk_chars=tuple(map(len, texts)),
-        prompt_tokens=usage.prompt_tokens if usage else None,
-        cached_tokens=details.cached_tokens if details else None,
-        output_tokens=usage.completion_tokens if usage else len(times),
-        text="".join(texts),
-        fulcrum=usage.fulcrum if usage else None,
-        status=status,
-        retry_after_s=retry_after_s,
-        error=error,
-    )
+        answer.error = f"{type(failure).__name__}: {failure}"
+    return answer.outcome()
 
 
-def _retry_after_s(response: aiohttp.ClientResponse) -> float | None:
+def _retry_after_s(headers: Mapping[str, str]) -> float | None:
     """The time to wait as OpenAI's SDKs read it: the header in milliseconds goes first."""
-    for name, unit_s in (("retry-after-ms", 0.001), ("Retry-After", 1.0)):
+    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
-            return float(response.headers[name]) * unit_s
+            return float(headers[name]) * unit_s
         except (KeyError, ValueError):
             continue
     return None

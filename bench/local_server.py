@@ -16,6 +16,7 @@ import httpx
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 30.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class LocalServer:
@@ -66,6 +67,11 @@ class LocalServer:
         self._end()
 
     @property
+    def port(self) -> int:
+        """Port on 127.0.0.1."""
+        return int(self.url.rpartition(":")[2])
+
+    @property
     def rss_bytes(self) -> int:
         """Memory of the process, files that it maps included."""
         statm = Path(f"/proc/{self.process.pid}/statm").read_text()
@@ -79,6 +85,13 @@ class LocalServer:
         if found is None:
             raise RuntimeError("/proc does not tell RssAnon")
         return int(found[1]) * 1024
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time of all its threads so far."""
+        stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+        user, system = stat.rpartition(")")[2].split()[11:13]  # utime, stime
+        return (int(user) + int(system)) / _TICKS_PER_S
 
     def is_healthy(self) -> bool:
         """Whether /health answers 200."""

@@ -217,7 +217,7 @@ class EngineClient:
         return Load(
             sequences=[
                 OpenSequence(
-                    generation.arrival.rank_s,
+                    generation.rank_s,
                     stream.num_prompt_tokens,
                     stream.num_events and max(1, stream.num_tokens),
                     stream.max_tokens,

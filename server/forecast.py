@@ -90,17 +90,17 @@ def forecast(
     num_output = _expected_output(ask.max_tokens, ask.ignore_eos, 0, costs)
     own_blocks = [_num_blocks(length + num_output, limits) for length in ask.prompt_lengths]
     num_choices = ask.num_sequences // len(own_blocks)
-    lanes = _Lanes(costs, limits)
+    lanes = _Lanes(limits)
     ahead = []
     for seq in open_sequences:
         if seq.num_output_tokens:
-            lanes.hold(seq)
+            lanes.hold(*_needs(seq, costs, limits))
         elif seq.rank_s <= ask.rank_s:
             ahead.append(seq)
     ahead.sort(key=_rank_s)
     num_ahead_tokens = 0.0
     for seq in ahead:
-        lanes.start(_blocks_of(seq, costs, limits), _remaining_steps(seq, costs))
+        lanes.start(*_needs(seq, costs, limits))
         num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
     # Whoever is there beside it, whenever they start: fewer blocks or lanes are not less company.
     num_lanes = max(limits.max_company, limits.max_sequences)
@@ -139,20 +139,17 @@ def forecast(
 class _Lanes:
     """Lanes and blocks over the coming steps, as the open sequences are expected to free them."""
 
-    def __init__(self, costs: Costs, limits: Limits) -> None:
-        self._costs = costs
-        self._limits = limits
+    def __init__(self, limits: Limits) -> None:
         self._num_free = limits.max_sequences
         self._num_free_blocks = limits.num_blocks if limits.num_blocks else math.inf
         self.ends: list[tuple[float, int]] = []  # a heap of (step, blocks)
         self.num_held = 0
         self._step = 0.0  # of the last start: nobody overtakes who waits for blocks
 
-    def hold(self, seq: OpenSequence) -> None:
+    def hold(self, num_blocks: int, num_steps: float) -> None:
         """A sequence that runs: it has its lane whatever the limits say."""
-        num_blocks = _blocks_of(seq, self._costs, self._limits)
         self.num_held += 1
-        self._take(num_blocks, _remaining_steps(seq, self._costs))
+        self._take(num_blocks, num_steps)
 
     def start(self, num_blocks: int, num_steps: float) -> float:
         """Step at which a new sequence gets a lane and its blocks."""
@@ -205,14 +202,11 @@ def _expected_output(
     return max(1.0, expected if max_tokens is None else min(expected, max_tokens))
 
 
-def _remaining_steps(seq: OpenSequence, costs: Costs) -> float:
+def _needs(seq: OpenSequence, costs: Costs, limits: Limits) -> tuple[int, float]:
+    """The blocks that a sequence will have at its end, and the steps until then."""
     total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
-    return max(1.0, (total - seq.num_output_tokens) / costs.tokens_per_step)
-
-
-def _blocks_of(seq: OpenSequence, costs: Costs, limits: Limits) -> int:
-    total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
-    return _num_blocks(seq.num_prompt_tokens + total, limits)
+    num_steps = max(1.0, (total - seq.num_output_tokens) / costs.tokens_per_step)
+    return _num_blocks(seq.num_prompt_tokens + total, limits), num_steps
 
 
 def _num_blocks(num_tokens: float, limits: Limits) -> int:

@@ -27,6 +27,7 @@ class Generation:
 
     def __init__(self, client: "EngineClient", arrival: Arrival, num_sequences: int) -> None:
         self.arrival = arrival
+        self.rank_s = arrival.rank_s
         self.streams: list[Stream] = []
         self.plain_ttft_s = 0.0  # as predicted at admission, uncorrected; 0: it was not
         self._client = client
