@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fulcrum_core
 import gguf
 import numpy as np
 import torch
@@ -186,6 +187,12 @@ def _buffers(
         buffers[name][:] = value
     buffers["top_p"][:] = 1
     return buffers
+
+
+def unrounded_isa() -> str:
+    """The best here that multiplies activations as they are: AVX512-BF16 rounds them."""
+    best = fulcrum_core.detect_isa()
+    return "avx512" if best == "avx512-bf16" else best
 
 
 def load_unquantized(model: Path | str, **options: Any) -> LoadedModel:

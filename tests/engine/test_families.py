@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import fulcrum_core
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from tests.engine.oracle import (  # noqa: E402
     load_unquantized,
     make_checkpoint,
     reference_logits,
+    unrounded_isa,
     worst_greedy_gap,
 )
 
@@ -103,10 +105,14 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """(reference, driver) of one configuration."""
     folder: Path = tmp_path_factory.mktemp("checkpoint")
     reference = make_checkpoint(folder, CONFIGS[request.param](), seed=11)
+    return reference, make_driver(folder, unrounded_isa())
+
+
+def make_driver(folder: Path, isa: str) -> CoreDriver:
     loaded = load_unquantized(
-        folder, num_threads=1, max_model_len=80, max_sequences=4, max_step_tokens=64
+        folder, num_threads=1, max_model_len=80, max_sequences=4, max_step_tokens=64, isa=isa
     )
-    return reference, CoreDriver(loaded, max_sequences=4, max_len=80, max_tokens=64)
+    return CoreDriver(loaded, max_sequences=4, max_len=80, max_tokens=64)
 
 
 def text(seed: int, num_tokens: int = NUM_TOKENS) -> list[int]:
@@ -134,6 +140,18 @@ def test_logits_are_close_to_those_of_transformers_without_a_rounded_cache(model
     expected = reference_logits(reference, token_ids)
     difference = driver.logits(token_ids, [NUM_TOKENS]) - expected
     assert np.sqrt((difference**2).mean()) < 0.01 * expected.std()
+
+
+@pytest.mark.skipif(
+    fulcrum_core.detect_isa() != "avx512-bf16", reason="activations stay as they are here"
+)
+@pytest.mark.parametrize("name", ["llama: SmolLM2's group size", "gemma3: two rope bases"])
+def test_logits_are_close_where_activations_are_rounded_to_bf16(name: str, tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path, CONFIGS[name](), seed=11)
+    token_ids = text(2)
+    expected = reference_logits(reference, token_ids, bf16_cache=True)
+    difference = make_driver(tmp_path, "avx512-bf16").logits(token_ids, [NUM_TOKENS]) - expected
+    assert np.sqrt((difference**2).mean()) < 0.03 * expected.std()
 
 
 @pytest.mark.parametrize("chunks", [[1, 16, 7, 21], [32, 13], [1] * NUM_TOKENS], ids=str)
