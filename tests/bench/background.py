@@ -18,17 +18,20 @@ def serving(app: web.Application) -> Iterator[str]:
     async def start() -> None:
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        started.set()
 
     def serve_forever() -> None:
         loop.run_until_complete(start())
+        loop.call_soon(started.set)  # not before: a stop would end the call above, not the next
         loop.run_forever()
         loop.run_until_complete(runner.cleanup())
         loop.close()
 
-    thread = threading.Thread(target=serve_forever)
+    thread = threading.Thread(target=serve_forever, daemon=True)
     thread.start()
     assert started.wait(10)
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+    assert not thread.is_alive()
