@@ -29,10 +29,7 @@ struct Simd {
   static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
   static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static Vector round(Vector x) { return _mm512_roundscale_ps(x, 0); }
-  static Vector exp2_integral(Vector n) {
-    const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
-  }
+  static Vector scale_by_exp2(Vector x, Vector n) { return _mm512_scalef_ps(x, n); }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
   static float max_of(Vector v) { return _mm512_reduce_max_ps(v); }
   static Vector load_bf16(const uint16_t* p) {

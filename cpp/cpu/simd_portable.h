@@ -29,12 +29,12 @@ struct Simd {
   static Vector min(Vector a, Vector b) { return a < b ? a : b; }
   // To the nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no fraction bits.
   static Vector round(Vector x) { return (x + set(12582912.f)) - set(12582912.f); }
-  // 2^n for an integral n in the exponent's range.
-  static Vector exp2_integral(Vector n) {
+  // x * 2^n for an integral n in the exponent's range.
+  static Vector scale_by_exp2(Vector x, Vector n) {
     IntVector bits = (__builtin_convertvector(n, IntVector) + 127) << 23;
     Vector v;
     std::memcpy(&v, &bits, sizeof v);
-    return v;
+    return x * v;
   }
   static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float max_of(Vector v) {

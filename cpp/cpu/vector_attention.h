@@ -1,177 +1,86 @@
-// Attention of ops.h, written once over `Simd` (vector_kernels.h) and over the elements of the KV
-// blocks (vector_kv.h), so that their dtype is chosen with the function, not inside of it.
+// Attention of ops.h, written once over `Simd` (vector_kernels.h) and over the products of queries,
+// keys and values (attention_float.h, attention_bf16.h), which know the elements of the KV blocks.
 #pragma once
 
 #include <algorithm>
 #include <cfloat>
 
-#include "vector_kernels.h"
-#include "vector_kv.h"
+#include "attention_tile.h"
 
 namespace fulcrum {
 namespace {
 
-constexpr int kSpan = 16;               // floats of a register block: a KV block, a sixteenth of V
-constexpr int kParts = kSpan / kWidth;  // vectors in a span
-constexpr int kChunkBlocks = kAttentionChunk / kBlockSize;
-// Rows that share each load of K and V: their chains of additions hide the latency of one, and the
-// sums of all fit the registers.
-constexpr int kRowGroup = kWidth == 16 ? 12 : 4;
-static_assert(kSpan == kBlockSize);
-
-// What is known of a tile's rows so far.
-struct Tile {
-  float* scores;   // (rows, kAttentionChunk): scores, then probabilities
-  float* queries;  // by groups of rows (for_row_groups): (head_dim, rows of the group)
-  float* sums;     // (rows, head_dim): values weighted so far
-  float* maximum;  // (rows,)
-  float* total;    // (rows,): sum of probabilities so far
-  int num_rows;
-};
-
-// `scratch` is the thread's; `state` holds the rest, attention_state_floats.
-inline Tile tile_over(const AttentionUnit& unit, float* scratch, float* state) {
-  const int num_rows = unit.num_tokens * unit.num_heads;
-  float* maximum = state + int64_t{num_rows} * unit.head_dim;
-  float* queries = scratch + kMaxTileRows * kAttentionChunk;
-  return {scratch, queries, state, maximum, maximum + num_rows, num_rows};
+// e^x for x <= 0, as the softmax needs it: 2^n * 2^f with |f| <= 1/2 and a polynomial of degree 5
+// for 2^f, a minimax fit of relative error 1e-7. Below the normal range the result is about the
+// smallest normal number; NaN stays NaN.
+inline Vector exp_negative(Vector x) {
+  x = Simd::max(Simd::set(-126.f), Simd::mul(x, Simd::set(1.44269504f)));
+  const Vector n = Simd::round(x);
+  const Vector f = Simd::sub(x, n);
+  Vector p = Simd::set(1.32647273e-3f);
+  p = Simd::fma(p, f, Simd::set(9.67151299e-3f));
+  p = Simd::fma(p, f, Simd::set(5.55073358e-2f));
+  p = Simd::fma(p, f, Simd::set(2.40222424e-1f));
+  p = Simd::fma(p, f, Simd::set(6.93147004e-1f));
+  p = Simd::fma(p, f, Simd::set(1.f));
+  return Simd::scale_by_exp2(p, n);
 }
 
-// Where the states begin in a thread's scratch memory, behind scores and queries.
-inline float* states_of(const AttentionUnit& unit, float* scratch) {
-  return scratch + kMaxTileRows * (kAttentionChunk + int64_t{unit.head_dim});
-}
-
-inline float exp_scalar(float x) {
-  float values[kWidth] = {x};
-  Simd::store(values, exp(Simd::load(values)));
+// e^(former - maximum): what is kept of sums under a new maximum, which most often is the former.
+inline float factor_of(float former, float maximum) {
+  if (former == maximum) return 1.f;
+  float values[kWidth] = {former - maximum};
+  Simd::store(values, exp_negative(Simd::load(values)));
   return values[0];
 }
 
-inline const float* query_row(const AttentionUnit& unit, int row) {
-  const int token = row / unit.num_heads, head = row % unit.num_heads;
-  return unit.queries + token * unit.ld_queries + head * unit.head_dim;
+// The first `num_columns` scores of a row to probabilities, those outside of [low, high) to zero;
+// adds them to the row's total and returns the factor for its former sums.
+inline float soften(const Tile& tile, int row, int low, int high, int num_columns) {
+  constexpr int kMostVectors = kAttentionChunk / kWidth;
+  float* scores = tile.scores + row * kAttentionChunk;
+  Vector values[kMostVectors];
+  Vector largest = Simd::set(-FLT_MAX);
+#pragma GCC unroll 16
+  for (int i = 0; i < num_columns / kWidth; ++i) {
+    values[i] = Simd::load(scores + i * kWidth);
+    largest = Simd::max(largest, values[i]);
+  }
+  const float former = tile.maximum[row];
+  const float maximum = std::max(former, Simd::max_of(largest));
+  const Vector shift = Simd::set(maximum);
+#pragma GCC unroll 16
+  for (int i = 0; i < num_columns / kWidth; ++i) {
+    values[i] = exp_negative(Simd::sub(values[i], shift));
+    Simd::store(scores + i * kWidth, values[i]);
+  }
+  if (low > 0 || high < num_columns) {
+    std::fill(scores, scores + low, 0.f);
+    std::fill(scores + high, scores + num_columns, 0.f);
+    for (int i = 0; i < num_columns / kWidth; ++i) values[i] = Simd::load(scores + i * kWidth);
+  }
+  Vector sum = Simd::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < num_columns / kWidth; ++i) sum = Simd::add(sum, values[i]);
+  const float factor = factor_of(former, maximum);
+  tile.maximum[row] = maximum;
+  tile.total[row] = tile.total[row] * factor + Simd::sum(sum);
+  return factor;
 }
 
-// Calls op.template operator()<n>(row) for groups of kRowGroup rows, then for those left.
-template <int kRows = kRowGroup, typename Op>
-inline void for_row_groups(int num_rows, Op op, int row = 0) {
-  for (; row + kRows <= num_rows; row += kRows) op.template operator()<kRows>(row);
-  if constexpr (kRows > 1) {
-    if (row < num_rows) for_row_groups<kRows - 1>(num_rows, op, row);
-  }
-}
-
-// Lays the queries out so that a group's rows are read side by side.
-inline void pack_queries(const AttentionUnit& unit, const Tile& tile) {
-  for_row_groups(tile.num_rows, [&]<int kRows>(int row) {
-    float* packed = tile.queries + int64_t{row} * unit.head_dim;
-    for (int r = 0; r < kRows; ++r) {
-      const float* query = query_row(unit, row + r);
-      for (int d = 0; d < unit.head_dim; ++d) packed[d * kRows + r] = query[d];
-    }
-  });
-}
-
-// scores[row, 0:16] = query[row] · keys of one block, for kRows rows.
-template <typename Kv, int kRows>
-inline void score_block(const AttentionUnit& unit, const Tile& tile, int row, const uint8_t* block,
-                        int column) {
-  const auto* keys = reinterpret_cast<const typename Kv::Element*>(block);
-  const float* queries = tile.queries + int64_t{row} * unit.head_dim;
-  Vector acc[kRows][kParts];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::zero();
-  }
-  for (int d = 0; d < unit.head_dim; ++d, queries += kRows) {
-    Vector key[kParts];
-    for (int p = 0; p < kParts; ++p) key[p] = Kv::load(keys + d * kSpan + p * kWidth);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const Vector q = Simd::set(queries[r]);
-      for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::fma(q, key[p], acc[r][p]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    float* out = tile.scores + (row + r) * kAttentionChunk + column;
-    for (int p = 0; p < kParts; ++p) {
-      if constexpr (Kv::kHasScales) {
-        const KvBlockLayout layout(Kv::kDtype, unit.head_dim);
-        const float* scales = reinterpret_cast<const float*>(block + layout.key_scales);
-        acc[r][p] = Simd::mul(acc[r][p], Simd::load(scales + p * kWidth));
-      }
-      Simd::store(out + p * kWidth, acc[r][p]);
-    }
-  }
-}
-
-// sums[row, span] = sums * correction + probabilities · values of the chunk, for kRows rows.
-template <typename Kv, int kRows>
-inline void weigh_values(const AttentionUnit& unit, const Tile& tile, int row, int span,
-                         const float* corrections, const uint8_t* const* blocks, int num_keys) {
-  using Element = typename Kv::Element;
-  const KvBlockLayout layout(Kv::kDtype, unit.head_dim);
-  Vector acc[kRows][kParts];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    const float* sums = tile.sums + (row + r) * unit.head_dim + span;
-    const Vector correction = Simd::set(corrections[r]);
-    for (int p = 0; p < kParts; ++p) {
-      acc[r][p] = Simd::mul(Simd::load(sums + p * kWidth), correction);
-    }
-  }
-  for (int first = 0; first < num_keys; first += kBlockSize) {
-    const auto* values =
-        reinterpret_cast<const Element*>(blocks[first / kBlockSize] + layout.values) + span;
-    const float* weights = tile.scores + row * kAttentionChunk + first;
-    const int count = std::min(kBlockSize, num_keys - first);
-    for (int key = 0; key < count; ++key, values += unit.head_dim, ++weights) {
-      Vector value[kParts];
-      for (int p = 0; p < kParts; ++p) value[p] = Kv::load(values + p * kWidth);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const Vector weight = Simd::set(weights[r * kAttentionChunk]);
-        for (int p = 0; p < kParts; ++p) acc[r][p] = Simd::fma(weight, value[p], acc[r][p]);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) {
-    float* sums = tile.sums + (row + r) * unit.head_dim + span;
-    for (int p = 0; p < kParts; ++p) Simd::store(sums + p * kWidth, acc[r][p]);
-  }
-}
-
-// Scores of one row to probabilities, unseen keys to zero; returns the factor for the row's
-// former sums. `low` and `high` are the chunk's columns that the row sees, high exclusive.
+// `low` and `high` are the chunk's columns that the row sees, high exclusive; see soften.
 inline float soften_row(const Tile& tile, int row, int low, int high, int num_columns) {
   float* scores = tile.scores + row * kAttentionChunk;
   if (low >= high) {
     std::fill(scores, scores + num_columns, 0.f);
     return 1.f;
   }
+  if (low == 0 && high == kAttentionChunk) {  // most chunks: all in registers
+    return soften(tile, row, 0, kAttentionChunk, kAttentionChunk);
+  }
   std::fill(scores, scores + low, -FLT_MAX);
   std::fill(scores + high, scores + num_columns, -FLT_MAX);
-  Vector largest = Simd::set(-FLT_MAX);
-  for (int i = 0; i < num_columns; i += kWidth) {
-    largest = Simd::max(largest, Simd::load(scores + i));
-  }
-  const float former = tile.maximum[row];
-  const float maximum = std::max(former, Simd::max_of(largest));
-  const Vector shift = Simd::set(maximum);
-  for (int i = 0; i < num_columns; i += kWidth) {
-    Simd::store(scores + i, exp(Simd::sub(Simd::load(scores + i), shift)));
-  }
-  std::fill(scores, scores + low, 0.f);
-  std::fill(scores + high, scores + num_columns, 0.f);
-  Vector sum = Simd::zero();
-  for (int i = 0; i < num_columns; i += kWidth) sum = Simd::add(sum, Simd::load(scores + i));
-  const float factor = exp_scalar(former - maximum);
-  tile.maximum[row] = maximum;
-  tile.total[row] = tile.total[row] * factor + Simd::sum(sum);
-  return factor;
+  return soften(tile, row, low, high, num_columns);
 }
 
 // A value's scale goes into its weights, after their sum was taken.
@@ -194,8 +103,9 @@ inline void prefetch(const uint8_t* begin, int64_t bytes) {
 
 // Computes the keys [chunk_begin, end) of the sequence, a chunk at most. The next chunk is
 // fetched meanwhile: blocks lie anywhere and are too short for the processor to foresee.
-template <typename Kv>
+template <typename Products>
 void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, int end) {
+  using Kv = typename Products::Kv;
   const KvBlockLayout layout(Kv::kDtype, unit.head_dim);
   const int num_keys = std::min(kAttentionChunk, end - chunk_begin);
   const int num_blocks = (num_keys + kBlockSize - 1) / kBlockSize;
@@ -207,14 +117,15 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
   for (int b = 0; b < num_next; ++b) {
     next[b] = unit.kv + table[kChunkBlocks + b] * unit.block_stride;
   }
-  for (int b = 0; b < num_blocks; ++b) {
-    blocks[b] = unit.kv + table[b] * unit.block_stride;
-    if (b < num_next) {
-      prefetch(next[b], layout.values);
-      prefetch(next[b] + layout.key_scales, layout.bytes - layout.key_scales);
+  for (int b = 0; b < num_blocks; ++b) blocks[b] = unit.kv + table[b] * unit.block_stride;
+  for (int b = 0; b < num_blocks; b += Products::kBlocks) {
+    for (int ahead = b; ahead < std::min(b + Products::kBlocks, num_next); ++ahead) {
+      prefetch(next[ahead], layout.values);
+      prefetch(next[ahead] + layout.key_scales, layout.bytes - layout.key_scales);
     }
+    const int count = std::min(Products::kBlocks, num_blocks - b);
     for_row_groups(tile.num_rows, [&]<int kRows>(int row) {
-      score_block<Kv, kRows>(unit, tile, row, blocks[b], b * kBlockSize);
+      Products::template score<kRows>(unit, tile, row, blocks + b, count, b * kBlockSize);
     });
   }
   float corrections[kMaxTileRows];
@@ -226,14 +137,17 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
     corrections[row] =
         soften_row(tile, row, std::min(low, num_keys), std::max(high, 0), num_blocks * kBlockSize);
     if constexpr (Kv::kHasScales) scale_weights<Kv>(unit, tile, row, blocks, num_blocks);
+    Products::finish_weights(tile, row, num_keys);
   }
-  const int64_t span_bytes = kSpan * kBlockSize * sizeof(typename Kv::Element);
-  for (int span = 0; span < unit.head_dim; span += kSpan) {
-    for (int b = 0; b < num_next; ++b) {
-      prefetch(next[b] + layout.values + span / kSpan * span_bytes, span_bytes);
-    }
+  constexpr int kChannels = Products::kSpans * kSpan;
+  for (int channel = 0; channel < unit.head_dim; channel += kChannels) {
+    const int64_t begin = layout.values + channel * kBlockSize * sizeof(typename Kv::Element);
+    const int64_t bytes =
+        std::min(kChannels, unit.head_dim - channel) * kBlockSize * sizeof(typename Kv::Element);
+    for (int b = 0; b < num_next; ++b) prefetch(next[b] + begin, bytes);
     for_row_groups(tile.num_rows, [&]<int kRows>(int row) {
-      weigh_values<Kv, kRows>(unit, tile, row, span, corrections + row, blocks, num_keys);
+      Products::template weigh<kRows>(unit, tile, row, channel, corrections + row, blocks,
+                                      num_keys);
     });
   }
 }
@@ -252,8 +166,8 @@ inline void merge(const AttentionUnit& unit, const Tile& segment, const Tile& me
   for (int row = 0; row < merged.num_rows; ++row) {
     if (segment.total[row] == 0) continue;  // the row sees none of its keys
     const float maximum = std::max(merged.maximum[row], segment.maximum[row]);
-    const float former = exp_scalar(merged.maximum[row] - maximum);
-    const float added = exp_scalar(segment.maximum[row] - maximum);
+    const float former = factor_of(merged.maximum[row], maximum);
+    const float added = factor_of(segment.maximum[row], maximum);
     merged.maximum[row] = maximum;
     merged.total[row] = merged.total[row] * former + segment.total[row] * added;
     float* sums = merged.sums + int64_t{row} * unit.head_dim;
@@ -276,21 +190,21 @@ inline void divide_by_totals(const AttentionUnit& unit, const Tile& tile) {
   }
 }
 
-template <typename Kv>
+template <typename Products>
 void attend_segment(const AttentionUnit& unit, int segment, float* scratch, float* state) {
   const Tile tile = empty_tile(unit, scratch, state);
-  pack_queries(unit, tile);
+  Products::pack_queries(unit, tile);
   const int first_seen = unit.window > 0 ? std::max(unit.first_position - unit.window + 1, 0) : 0;
   const int first = std::max(first_seen, segment * kAttentionSegment);
   const int end =
       std::min(unit.first_position + unit.num_tokens, (segment + 1) * kAttentionSegment);
   for (int begin = first / kAttentionChunk * kAttentionChunk; begin < end;
        begin += kAttentionChunk) {
-    attend_chunk<Kv>(unit, tile, begin, end);
+    attend_chunk<Products>(unit, tile, begin, end);
   }
 }
 
-template <typename Kv>
+template <typename Products>
 void attend(const AttentionUnit& unit, float* scratch) {
   float* states = states_of(unit, scratch);
   const int num_rows = unit.num_tokens * unit.num_heads;
@@ -299,7 +213,7 @@ void attend(const AttentionUnit& unit, float* scratch) {
   const SegmentRange segments =
       attention_segments(unit.first_position, unit.num_tokens, unit.window);
   for (int segment = segments.begin; segment < segments.end; ++segment) {
-    attend_segment<Kv>(unit, segment, scratch, state);
+    attend_segment<Products>(unit, segment, scratch, state);
     merge(unit, tile_over(unit, scratch, state), merged);
   }
   divide_by_totals(unit, merged);

@@ -1,6 +1,8 @@
-// The vector operations for one instruction set; the code is in vector_kernels.h and
-// vector_attention.h, which need its Simd before them.
+// The vector operations for one instruction set; the code is in the headers.
 #include "simd_avx512.h"
+
+// Need Simd before them.
+#include "attention_float.h"
 #include "vector_attention.h"
 
 namespace fulcrum {
@@ -12,10 +14,10 @@ const VectorKernels kVectorKernels_avx512 = {"avx512",
                                              scale,
                                              gate,
                                              rotate,
-                                             attend<Bf16Kv>,
-                                             attend<Int8Kv>,
-                                             attend_segment<Bf16Kv>,
-                                             attend_segment<Int8Kv>,
+                                             attend<FloatProducts<Bf16Kv>>,
+                                             attend<FloatProducts<Int8Kv>>,
+                                             attend_segment<FloatProducts<Bf16Kv>>,
+                                             attend_segment<FloatProducts<Int8Kv>>,
                                              merge_segments,
                                              write_kv<Bf16Kv>,
                                              write_kv<Int8Kv>};

@@ -30,7 +30,7 @@ inline Vector exp(Vector x) {
   p = Simd::fma(p, r, Simd::set(0.5f));
   p = Simd::fma(p, r, Simd::set(1.f));
   p = Simd::fma(p, r, Simd::set(1.f));
-  return Simd::mul(p, Simd::exp2_integral(n));
+  return Simd::scale_by_exp2(p, n);
 }
 
 // Calls op(offset, count) for whole vectors, then for what is left, fewer than a vector.

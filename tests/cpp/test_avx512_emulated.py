@@ -45,6 +45,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
         (CPP / "linear.cpp", ["-O1"]),
         (CPP / "cpu" / "vector_avx512.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "vector_avx512_bf16.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "vector_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "vector_portable.cpp", ["-O2"]),
         (CPP / "ops.cpp", ["-O1"]),
@@ -231,14 +232,16 @@ def attend(
     return out
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx512-bf16"])
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
-def test_emulated_avx512_attention_equals_portable_and_ignores_tiles(library, kv_dtype, window):
-    whole = attend(library, "avx512", kv_dtype, window, 5)
+def test_emulated_avx512_attention_equals_portable_and_ignores_tiles(
+    library, isa, kv_dtype, window
+):
+    whole = attend(library, isa, kv_dtype, window, 5)
+    tolerance = 1e-2 if isa == "avx512-bf16" else 1e-5  # which rounds queries and probabilities
     np.testing.assert_allclose(
-        whole, attend(library, "portable", kv_dtype, window, 5), rtol=1e-5, atol=1e-5
+        whole, attend(library, "portable", kv_dtype, window, 5), rtol=tolerance, atol=tolerance
     )
     for tile_tokens in (1, 2):
-        np.testing.assert_array_equal(
-            attend(library, "avx512", kv_dtype, window, tile_tokens), whole
-        )
+        np.testing.assert_array_equal(attend(library, isa, kv_dtype, window, tile_tokens), whole)
