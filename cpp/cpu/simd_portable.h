@@ -36,6 +36,7 @@ struct Simd {
     std::memcpy(&v, &bits, sizeof v);
     return x * v;
   }
+  static float first(Vector v) { return v[0]; }
   static float sum(Vector v) { return (v[0] + v[2]) + (v[1] + v[3]); }
   static float max_of(Vector v) {
     const float a = v[0] > v[1] ? v[0] : v[1];

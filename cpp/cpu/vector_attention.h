@@ -29,9 +29,7 @@ inline Vector exp_negative(Vector x) {
 // e^(former - maximum): what is kept of sums under a new maximum, which most often is the former.
 inline float factor_of(float former, float maximum) {
   if (former == maximum) return 1.f;
-  float values[kWidth] = {former - maximum};
-  Simd::store(values, exp_negative(Simd::load(values)));
-  return values[0];
+  return Simd::first(exp_negative(Simd::set(former - maximum)));
 }
 
 // The first `num_columns` scores of a row to probabilities, those outside of [low, high) to zero;
@@ -129,15 +127,16 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
     });
   }
   float corrections[kMaxTileRows];
-  for (int row = 0; row < tile.num_rows; ++row) {
-    const int position = unit.first_position + row / unit.num_heads;
+  for (int token = 0, row = 0; token < unit.num_tokens; ++token) {
+    const int position = unit.first_position + token;
     const int first_seen = unit.window > 0 ? position - unit.window + 1 : 0;
-    const int low = std::max(first_seen - chunk_begin, 0);
-    const int high = std::min(position + 1 - chunk_begin, num_keys);
-    corrections[row] =
-        soften_row(tile, row, std::min(low, num_keys), std::max(high, 0), num_blocks * kBlockSize);
-    if constexpr (Kv::kHasScales) scale_weights<Kv>(unit, tile, row, blocks, num_blocks);
-    Products::finish_weights(tile, row, num_keys);
+    const int low = std::clamp(first_seen - chunk_begin, 0, num_keys);
+    const int high = std::clamp(position + 1 - chunk_begin, 0, num_keys);
+    for (int head = 0; head < unit.num_heads; ++head, ++row) {
+      corrections[row] = soften_row(tile, row, low, high, num_blocks * kBlockSize);
+      if constexpr (Kv::kHasScales) scale_weights<Kv>(unit, tile, row, blocks, num_blocks);
+      Products::finish_weights(tile, row, num_keys);
+    }
   }
   constexpr int kChannels = Products::kSpans * kSpan;
   for (int channel = 0; channel < unit.head_dim; channel += kChannels) {
