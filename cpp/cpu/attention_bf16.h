@@ -122,6 +122,14 @@ struct Bf16Products {
     }
   }
 
+  // Rounded to bf16, unless scales are still to be multiplied in.
+  static Vector as_multiplied(Vector probabilities) {
+    if constexpr (Kv::kHasScales) return probabilities;
+    const __m512i bits = _mm512_castps_si512(probabilities);
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(1 << 15));
+    return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(-1 << 16)));
+  }
+
   // A row's probabilities to pairs of keys, in the first half of their memory.
   static void finish_weights(const Tile& tile, int row, int num_keys) {
     float* weights = tile.scores + row * kAttentionChunk;

@@ -55,6 +55,7 @@ struct FloatProducts {
   }
 
   // Probabilities are multiplied as they are.
+  static Vector as_multiplied(Vector probabilities) { return probabilities; }
   static void finish_weights(const Tile&, int /*row*/, int /*num_keys*/) {}
 
   // sums[row, span] = sums * correction + probabilities · values of the chunk, for kRows rows.

@@ -33,7 +33,9 @@ inline float factor_of(float former, float maximum) {
 }
 
 // The first `num_columns` scores of a row to probabilities, those outside of [low, high) to zero;
-// adds them to the row's total and returns the factor for its former sums.
+// adds them to the row's total and returns the factor for its former sums. The total is that of the
+// probabilities as they will be multiplied, so that their rounding is divided out again.
+template <typename Products>
 inline float soften(const Tile& tile, int row, int low, int high, int num_columns) {
   constexpr int kMostVectors = kAttentionChunk / kWidth;
   float* scores = tile.scores + row * kAttentionChunk;
@@ -49,7 +51,7 @@ inline float soften(const Tile& tile, int row, int low, int high, int num_column
   const Vector shift = Simd::set(maximum);
 #pragma GCC unroll 16
   for (int i = 0; i < num_columns / kWidth; ++i) {
-    values[i] = exp_negative(Simd::sub(values[i], shift));
+    values[i] = Products::as_multiplied(exp_negative(Simd::sub(values[i], shift)));
     Simd::store(scores + i * kWidth, values[i]);
   }
   if (low > 0 || high < num_columns) {
@@ -67,6 +69,7 @@ inline float soften(const Tile& tile, int row, int low, int high, int num_column
 }
 
 // `low` and `high` are the chunk's columns that the row sees, high exclusive; see soften.
+template <typename Products>
 inline float soften_row(const Tile& tile, int row, int low, int high, int num_columns) {
   float* scores = tile.scores + row * kAttentionChunk;
   if (low >= high) {
@@ -74,11 +77,11 @@ inline float soften_row(const Tile& tile, int row, int low, int high, int num_co
     return 1.f;
   }
   if (low == 0 && high == kAttentionChunk) {  // most chunks: all in registers
-    return soften(tile, row, 0, kAttentionChunk, kAttentionChunk);
+    return soften<Products>(tile, row, 0, kAttentionChunk, kAttentionChunk);
   }
   std::fill(scores, scores + low, -FLT_MAX);
   std::fill(scores + high, scores + num_columns, -FLT_MAX);
-  return soften(tile, row, low, high, num_columns);
+  return soften<Products>(tile, row, low, high, num_columns);
 }
 
 // A value's scale goes into its weights, after their sum was taken.
@@ -133,7 +136,7 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
     const int low = std::clamp(first_seen - chunk_begin, 0, num_keys);
     const int high = std::clamp(position + 1 - chunk_begin, 0, num_keys);
     for (int head = 0; head < unit.num_heads; ++head, ++row) {
-      corrections[row] = soften_row(tile, row, low, high, num_blocks * kBlockSize);
+      corrections[row] = soften_row<Products>(tile, row, low, high, num_blocks * kBlockSize);
       if constexpr (Kv::kHasScales) scale_weights<Kv>(unit, tile, row, blocks, num_blocks);
       Products::finish_weights(tile, row, num_keys);
     }
