@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engine.batch import Batch, SampledRows
 from engine.block_manager import BlockManager
-from engine.scheduler import MIXED_STEP_TOKENS, Scheduler, StepPlan
+from engine.scheduler import Scheduler, StepPlan, mixed_chunk
 from engine.sequence import Sequence
 from engine.types import SamplingParams, Submit, TokenEvent
 from tests.engine.fake_core import VOCAB_SIZE, FakeCore, expected_output, logprob, top_ids
@@ -451,7 +451,7 @@ def test_a_long_prompt_is_computed_in_short_steps_only_while_others_decode() -> 
     for _ in range(3):
         plan = scheduler.schedule()
         sizes = {seq.seq_id: count for seq, count in plan.entries}
-        assert sizes == {0: 1, 1: MIXED_STEP_TOKENS - 1}
+        assert sizes == {0: 1, 1: mixed_chunk(1)}
         scheduler.commit(plan, SampledRows([0, 1, 1], [1], none[0], none.astype(np.int32), none))
     scheduler.abort(0)
     assert [count for _, count in scheduler.schedule().entries] == [512]
