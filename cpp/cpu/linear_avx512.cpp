@@ -93,12 +93,14 @@ struct ActivationRows {
         stride(int64_t{groups} * kGroupSize),
         quantized(x.quantized + t * stride),
         scales(x.scales + int64_t{t} * groups),
-        sums(x.sums + int64_t{t} * groups) {}
+        sums(x.sums + int64_t{t} * groups),
+        totals(x.totals + int64_t{t} * groups) {}
   int groups;
   int64_t stride;
   const int8_t* quantized;
   const float* scales;
   const float* sums;
+  const float* totals;
 };
 
 template <int Rows, int Tiles>
@@ -157,7 +159,7 @@ struct Int4Kernel : IntegerBlocks {
         const __m512 scale = _mm512_set1_ps(x.scales[index]);
         const __m512 magic =
             kHasMinimum ? _mm512_set1_ps(kMagic) : magic_offset(kInt4ZeroPoint, x.sums[index]);
-        const __m512 total = _mm512_mul_ps(scale, _mm512_set1_ps(x.sums[index]));
+        const __m512 total = _mm512_set1_ps(x.totals[index]);
 #pragma GCC unroll 2
         for (int j = 0; j < Tiles; ++j) {
           const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
