@@ -259,10 +259,12 @@ class LinearBench {
     quantized_.resize(groups * kGroupSize);
     scales_.resize(groups);
     sums_.resize(groups);
+    totals_.resize(groups);
     for (float& value : values_) value = noise.symmetric();
     widened_.resize(quantized_.size());
-    activations_ = {values_.data(), K,           quantized_.data(), widened_.data(),
-                    scales_.data(), sums_.data()};
+    activations_ = {
+        values_.data(), K, quantized_.data(), widened_.data(), scales_.data(), sums_.data(),
+        totals_.data()};
     kernels_->quantize_rows(activations_, K, 0, max_tokens_);
   }
 
@@ -272,7 +274,7 @@ class LinearBench {
   PackedMatrix matrix_;  // its data is one of the matrices in memory_
   int64_t packed_bytes_ = 0, stride_ = 0;
   Buffer memory_, y_;
-  std::vector<float> values_, scales_, sums_;
+  std::vector<float> values_, scales_, sums_, totals_;
   std::vector<int8_t> quantized_;
   std::vector<int16_t> widened_;
   Activations activations_;

@@ -47,15 +47,16 @@ struct QuantizedRows {
     quantized.resize(size_t(T) * padded_k(K));
     scales.resize(size_t(T) * num_groups(K));
     sums.resize(scales.size());
+    totals.resize(scales.size());
     if (kernels->reads_widened) widened.resize(quantized.size());
-    activations = {x.data(),         K,
-                   quantized.data(), widened.empty() ? nullptr : widened.data(),
-                   scales.data(),    sums.data()};
+    activations = {
+        x.data(),      K,           quantized.data(), widened.empty() ? nullptr : widened.data(),
+        scales.data(), sums.data(), totals.data()};
     kernels->quantize_rows(activations, K, 0, T);
   }
   std::vector<int8_t> quantized;
   std::vector<int16_t> widened;
-  std::vector<float> scales, sums;
+  std::vector<float> scales, sums, totals;
   Activations activations;
 };
 

@@ -26,9 +26,9 @@ constexpr LinearKernels kPortable =
 #if defined(__x86_64__)
 constexpr LinearKernels kAvx2 = kernels_over<Lanes256>("avx2", true, quantize_rows_avx2, gemm_avx2);
 constexpr LinearKernels kAvx512 =
-    kernels_over<Lanes512>("avx512", false, quantize_rows_avx2, gemm_avx512);
+    kernels_over<Lanes512>("avx512", false, quantize_rows_avx512, gemm_avx512);
 constexpr LinearKernels kAvx512Bf16 =
-    kernels_over<Lanes512Pairs>("avx512-bf16", false, quantize_rows_avx2, gemm_avx512_bf16);
+    kernels_over<Lanes512Pairs>("avx512-bf16", false, quantize_rows_avx512, gemm_avx512_bf16);
 #endif
 
 }  // namespace

@@ -25,7 +25,7 @@ struct PackedMatrix {
 
 // The input of a linear layer: the float rows and, for the integer formats, their int8 form.
 // All buffers are the caller's; K is padded to a multiple of kGroupSize with zeros in the int8
-// form. quantize_rows fills quantized, scales and sums from values, and widened where it is given.
+// form. quantize_rows fills all the rest from values, widened where it is given.
 struct Activations {
   const float* values = nullptr;  // (T, K), row stride ld_values
   int64_t ld_values = 0;
@@ -33,6 +33,7 @@ struct Activations {
   int16_t* widened = nullptr;   // (T, padded K): quantized in 16 bits, where reads_widened
   float* scales = nullptr;      // (T, groups): max |x| / 127 of each group, 0 for a zero group
   float* sums = nullptr;        // (T, groups): sum of the quantized values of the group
+  float* totals = nullptr;      // (T, groups): scale * sum
 };
 
 // Static, not inline: files with ISA flags include this header too, and the linker must not take

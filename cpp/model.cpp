@@ -14,7 +14,8 @@ constexpr int kFewRows = 8;  // that kernels compute in one reading of the weigh
 bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
-  return {values, ld, operand.quantized, operand.widened, operand.scales, operand.sums};
+  return {values,         ld,           operand.quantized, operand.widened,
+          operand.scales, operand.sums, operand.totals};
 }
 
 // Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
@@ -27,7 +28,8 @@ Activations part_of_row(const Activations& x, int K, int t, int first) {
           x.quantized + group * kGroupSize,
           widened,
           x.scales + group,
-          x.sums + group};
+          x.sums + group,
+          x.totals + group};
 }
 
 // Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
@@ -53,6 +55,7 @@ void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* m
     if (widens) memory->take(&operand->widened, rows * padded_k(widest));
     memory->take(&operand->scales, rows * num_groups(widest));
     memory->take(&operand->sums, rows * num_groups(widest));
+    memory->take(&operand->totals, rows * num_groups(widest));
   };
   s->own.resize(num_threads);
   for (Operand& operand : s->own) take_operand(&operand, kReplicatedRows);

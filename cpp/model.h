@@ -86,6 +86,7 @@ struct Operand {
   int16_t* widened = nullptr;   // (rows, widest padded K), where the kernels want it
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
+  float* totals = nullptr;      // (rows, groups)
 };
 
 // Activations of a step, allocated when the batch's capacity is known.

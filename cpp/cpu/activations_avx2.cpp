@@ -74,6 +74,7 @@ void quantize_rows_avx2(const Activations& x, int K, int row_begin, int row_end)
       int16_t* widened = x.widened == nullptr ? nullptr : x.widened + index * kGroupSize;
       quantize_group(values, x.quantized + index * kGroupSize, widened, x.scales + index,
                      x.sums + index);
+      x.totals[index] = x.scales[index] * x.sums[index];
     }
   }
 }

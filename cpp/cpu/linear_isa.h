@@ -18,7 +18,7 @@ void gemm_avx2(const PackedMatrix& w, const Activations& x, int T, float* y, int
 void gemm_float_avx2(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                      int tile_begin, int tile_end, bool accumulate);  // of gemm_avx2
 
-// Rows are quantized by the AVX2 code, which every machine with AVX-512 runs.
+void quantize_rows_avx512(const Activations& x, int K, int row_begin, int row_end);
 void gemm_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                  int tile_begin, int tile_end, bool accumulate);
 void gemm_float_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,

@@ -86,7 +86,7 @@ void add_int4_row(const Int4Group<kGroups, kHasMinimum>* row, int groups, const 
         const int64_t index = int64_t{t0 + r} * groups + g;
         const int dot = dot_group(quants[g - first], x.quantized + index * kGroupSize);
         dots += x.scales[index] * static_cast<float>(dot);
-        totals += x.scales[index] * x.sums[index];
+        totals += x.totals[index];
       }
       sums[r] += scale * dots;
       if (kHasMinimum) sums[r] += minimum * totals;
@@ -170,6 +170,7 @@ void quantize_rows_portable(const Activations& x, int K, int row_begin, int row_
         values = padded;
       }
       quantize_group(values, x.quantized + index * kGroupSize, x.scales + index, x.sums + index);
+      x.totals[index] = x.scales[index] * x.sums[index];
     }
   }
 }

@@ -64,6 +64,17 @@ inline __m512i emulated_cvtps_epi32(__m512 values) {
   return _mm512_loadu_si512(out);
 }
 
+inline __m512 emulated_shuffle_f32x4(__m512 a, __m512 b, int select) {
+  float in[2][16], out[16];
+  _mm512_storeu_ps(in[0], a);
+  _mm512_storeu_ps(in[1], b);
+  for (int quarter = 0; quarter < 4; ++quarter) {
+    const float* from = in[quarter / 2] + (select >> 2 * quarter & 3) * 4;
+    std::memcpy(out + quarter * 4, from, 4 * sizeof(float));
+  }
+  return _mm512_loadu_ps(out);
+}
+
 inline float emulated_reduce_add_ps(__m512 values) {
   float in[16];
   _mm512_storeu_ps(in, values);
@@ -117,6 +128,7 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtps_epi32
+#undef _mm512_shuffle_f32x4
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
 #undef _mm512_cvtne2ps_pbh
@@ -127,6 +139,7 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)
 #define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
 #define _mm512_cvtps_epi32(a) emulated_cvtps_epi32(a)
+#define _mm512_shuffle_f32x4(a, b, select) emulated_shuffle_f32x4(a, b, select)
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a) emulated_reduce_max_ps(a)
 #define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)

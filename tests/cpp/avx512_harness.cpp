@@ -35,10 +35,19 @@ extern "C" void gemm(const char* isa, int format, int N, int K, int T, const flo
   const LinearKernels* kernels = linear_kernels(isa);
   const Packed packed(kernels, static_cast<Format>(format), N, K, values, quants, scales, minima);
   std::vector<int8_t> quantized(size_t(T) * padded_k(K));
-  std::vector<float> row_scales(size_t(T) * num_groups(K)), sums(row_scales.size());
-  const Activations rows = {x, K, quantized.data(), nullptr, row_scales.data(), sums.data()};
+  std::vector<float> row_scales(size_t(T) * num_groups(K)), sums(row_scales.size()),
+      totals(sums.size());
+  const Activations rows = {
+      x, K, quantized.data(), nullptr, row_scales.data(), sums.data(), totals.data()};
   linear_kernels("portable")->quantize_rows(rows, K, 0, T);
   kernels->gemm(packed.matrix, rows, T, y, N, tile_begin, tile_end, accumulate != 0);
+}
+
+// The int8 form of x (T, K): quantized (T, padded K), the others (T, groups).
+extern "C" void quantize(const char* isa, int T, int K, const float* x, int8_t* quantized,
+                         float* scales, float* sums, float* totals) {
+  const Activations rows = {x, K, quantized, nullptr, scales, sums, totals};
+  linear_kernels(isa)->quantize_rows(rows, K, 0, T);
 }
 
 extern "C" void unpack(const char* isa, int format, int N, int K, const float* values,

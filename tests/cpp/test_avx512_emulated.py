@@ -41,6 +41,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         (CPP / "cpu" / "linear_avx512_bf16.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_avx2_float.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
+        (CPP / "cpu" / "activations_avx512.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "activations_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_portable.cpp", ["-O2"]),
         (CPP / "linear.cpp", ["-O1"]),
@@ -178,6 +179,20 @@ def test_emulated_avx512_accumulates(library, isa, format):
     x, y = activations(5, 64), activations(5, 21)
     alone = gemm(library, isa, weights, x)
     np.testing.assert_array_equal(gemm(library, isa, weights, x, y), y + alone)
+
+
+@pytest.mark.parametrize("cols", [1, 32, 100, 128, 333])
+def test_emulated_avx512_quantizes_activations_as_portable(library, cols):
+    x = activations(7, cols) * np.float32(10) ** activations(7, cols)
+    x[2], x[3, :40] = 0, 0
+    groups = -(-cols // GROUP)
+    quantized = {}
+    for isa in ("portable", "avx512"):
+        quantized[isa] = [np.full((7, groups * GROUP), 99, np.int8)]
+        quantized[isa] += [np.full((7, groups), np.nan, np.float32) for _ in range(3)]
+        library.quantize(isa.encode(), 7, cols, pointer(x), *map(pointer, quantized[isa]))
+    for got, wanted in zip(quantized["avx512"], quantized["portable"], strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_emulated_pairs_of_bf16_multiply_every_e4m3_value_exactly(library):
