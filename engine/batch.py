@@ -45,6 +45,7 @@ from engine.sequence import Sequence
 from engine.types import TokenLogprobs
 
 MAX_LOGPROBS = 20
+FEW_TOKENS = 16  # of one sequence, that are laid out one by one
 
 
 class Core(Protocol):
@@ -107,6 +108,10 @@ class Batch:
         # Whose parameters the row buffers hold; None: they must be written in any case.
         self._written_lanes: NDArray[np.intp] | None = None
         self._row_penalised: Int32Array = np.zeros(0, np.int32)
+        # Each lane's number, as often as a step of it alone may have rows; and consecutive numbers.
+        self._few_lanes: dict[int, NDArray[np.intp]] = {}
+        self._num_few = min(FEW_TOKENS, max_step_tokens)
+        self._consecutive = np.arange(max_model_len + 2, dtype=np.int32)
         self._any_bias = False
         self._has_old_bias = False  # bias_start holds ranges of an earlier step
 
@@ -135,6 +140,8 @@ class Batch:
 
     def fill(self, entries: Row[tuple[Sequence, int]]) -> tuple[int, int, int]:
         """Lay out a step and return its numbers of tokens, sequences and logits rows."""
+        if len(entries) == 1 and self._is_few(*entries[0]):
+            return self._fill_few(*entries[0])
         buffers = self._buffers
         num_sequences = len(entries)
         self._lanes.write_new_blocks(entries)
@@ -173,6 +180,52 @@ class Batch:
             self._select_any_rows(entries, positions >= first_samples, token_lanes, positions)
         self._fill_params()
         return num_tokens, num_sequences, self._row_start[-1]
+
+    def _is_few(self, seq: Sequence, num_new: int) -> bool:
+        """Whether this is one sequence that decodes, its drafts included."""
+        is_decoding = seq.num_computed_tokens + num_new >= len(seq.token_ids)
+        return is_decoding and num_new <= self._num_few and not seq.needs_prompt_logprobs
+
+    def _fill_few(self, seq: Sequence, num_new: int) -> tuple[int, int, int]:
+        """The same for a step of one sequence that decodes: its columns are ranges, and gathering
+        them as for many takes several times as long."""
+        buffers, lanes, lane = self._buffers, self._lanes, seq.lane
+        lanes.write_new_blocks([(seq, num_new)])
+        if seq.draft_ids:
+            lanes.write_drafts(seq)
+        begin, block_size = seq.num_computed_tokens, self._block_size
+        end = begin + num_new
+        buffers["query_start"][1] = num_new
+        buffers["seq_lens"][0] = end
+        num_columns = -(-end // block_size)
+        buffers["block_table"][0, :num_columns] = lanes.blocks[lane, :num_columns]
+        buffers["positions"][:num_new] = self._consecutive[begin:end]
+        buffers["token_ids"][:num_new] = lanes.tokens[lane, begin:end]
+        block_ids, positions = seq.block_ids, range(begin, end)
+        buffers["slot_mapping"][:num_new] = [
+            block_ids[p // block_size] * block_size + p % block_size for p in positions
+        ]
+        window = self._hidden_window
+        if window:
+            buffers["hidden_rows"][:num_new] = [
+                lane * window + p % window if p >= end - window else -1 for p in positions
+            ]
+        first = len(seq.token_ids) - 1  # whose next token is the first sample
+        num_rows = end - first
+        self._row_start = [0, num_rows]
+        buffers["logits_rows"][:num_rows] = self._consecutive[first - begin : num_new]
+        buffers["noise_position"][:num_rows] = self._consecutive[first + 1 : end + 1]
+        buffers["target_ids"][:num_rows] = -1
+        few = self._few_lanes.get(lane)
+        if few is None:
+            few = self._few_lanes[lane] = np.full(self._num_few, lane, np.intp)
+        self._row_samples = None
+        if self._written_lanes is not few:
+            self._row_lanes = few
+            self._copy_params()
+        self._row_lanes = few[:num_rows]
+        self._fill_ranges()
+        return num_new, 1, num_rows
 
     def sampled(self) -> SampledRows:
         """Read the step's results, and append each sample to the tokens of its lane."""
@@ -280,12 +333,18 @@ class Batch:
 
     def _fill_params(self) -> None:
         """Copy the rows' sampling parameters from their lanes, unless they are there already."""
-        buffers = self._buffers
-        num_rows = len(self._row_lanes)
         if self._written_lanes is None or not np.array_equal(self._written_lanes, self._row_lanes):
             self._copy_params()
+        self._fill_ranges()
+
+    def _fill_ranges(self) -> None:
+        """Write what of the parameters changes from step to step: how far the history reaches."""
+        buffers = self._buffers
+        num_rows = len(self._row_lanes)
         history_end = buffers["history_end"][:num_rows]
-        np.multiply(self._row_penalised, buffers["noise_position"][:num_rows], out=history_end)
+        np.multiply(
+            self._row_penalised[:num_rows], buffers["noise_position"][:num_rows], out=history_end
+        )
         history_end += buffers["history_start"][:num_rows]
         if self._any_bias:
             self._fill_bias()
