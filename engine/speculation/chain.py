@@ -24,7 +24,8 @@ _UNKNOWN_PRIOR = 0.5  # of a position that was never measured
 # A model that reads no hidden states can catch up with any text, but not all at once: a whole
 # prompt would be a pause of several steps in every running stream. Tokens of a call, at most.
 _CATCH_UP_TOKENS = 128
-# A chain whose drafts together are less likely than this is not gone on with.
+# A chain whose drafts together are less likely than this is not gone on with, until it is known
+# what that would cost and bring.
 _MIN_CONFIDENCE = 0.1
 
 
@@ -53,6 +54,7 @@ class ChainDrafter:
         num_lanes = len(lanes.tokens)
         self.name = name
         self.max_drafts = max_drafts
+        self.min_confidence = _MIN_CONFIDENCE
         missing = max_drafts - len(position_priors)
         self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)
         self._block_size = model.block_size
@@ -171,7 +173,7 @@ class ChainDrafter:
         count = len(group)
         if not count:
             return
-        self._core.propose(count, _MIN_CONFIDENCE)
+        self._core.propose(count, self.min_confidence)
         for index, number, ids, probs in zip(
             group,
             self._call["num_drafted"][:count].tolist(),
