@@ -16,6 +16,7 @@ from engine.speculation.costs import Costs
 from engine.speculation.drafter import NO_DRAFT, Draft, Drafter
 from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
+from engine.speculation.probes import ProbeCredit
 from engine.speculation.profiles import DraftProfiles, RecentDrafts
 from engine.speculation.single_stream import LongRunRate, SingleStep
 from engine.speculation.speedup import SpeedupMeter
@@ -23,8 +24,6 @@ from engine.speculation.tally import Tally
 
 log = logging.getLogger(__name__)
 
-PROBE_TIME_SHARE = 0.005  # of all step time, at most, for drafts that are not expected to pay
-MAX_PROBE_CREDIT_S = 0.03
 FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
 # Under load, after so many steps in which nothing paid, only every fourth step is looked at.
@@ -60,7 +59,7 @@ class SpeculationPolicy:
         self._free = [drafter for drafter in drafters if drafter.is_free]
         self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
         self._verified: dict[int, Draft] = {}  # of that, what goes into it
-        self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
+        self._credit = ProbeCredit()
         self._unpaid_plain_s: float | None = None  # what a step with a probe would have taken
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._single_rate = LongRunRate()
@@ -125,7 +124,7 @@ class SpeculationPolicy:
         if self.models.planners:
             rate = max(self._speedup, 1.0) * step.plain_rate
             price = step.token_price(rate)
-            for ask in self.models.assign(step, rate, may_probe=self._probe_credit_s > 0.0):
+            for ask in self.models.assign(step, rate, may_probe=self._credit.is_left):
                 self.models.set_confidence(ask.name, len(ask.indices), rate, price)
                 self._ask(step, ask)
         return self._choose(step)
@@ -142,10 +141,10 @@ class SpeculationPolicy:
             if candidate.drafter in ("auto", drafter.name):
                 self._ask_single(step, Ask(drafter.name, [0], [step.limit(drafter.max_drafts)]))
         if self.models.planners:
-            ask = self.models.assign_single(step, may_probe=self._probe_credit_s > 0.0)
+            ask = self.models.assign_single(step, may_probe=self._credit.is_left)
             if ask is not None:
                 self._ask_single(step, ask)
-        if not step.count and step.free_draft.token_ids and self._probe_credit_s > 0.0:
+        if not step.count and step.free_draft.token_ids and self._credit.is_left:
             self._unpaid_plain_s = seconds[1]
             count = min(FREE_PROBE_DRAFTS, len(step.free_draft.token_ids))
             step.force(step.free_draft, [], count)
@@ -203,15 +202,8 @@ class SpeculationPolicy:
         )
         self.costs.step.observe(num_step_tokens, step_s)
         if self._unpaid_plain_s is not None:
-            self._pay_for_probe(step_s - self._unpaid_plain_s)
-        credit_s = self._probe_credit_s + PROBE_TIME_SHARE * step_s
-        self._probe_credit_s = min(credit_s, MAX_PROBE_CREDIT_S)
-
-    def _pay_for_probe(self, spent_s: float) -> None:
-        """Charge what a probe took, not what it was expected to: that may be far too much, and
-        probes are what shows it."""
-        credit_s = self._probe_credit_s - max(0.0, spent_s)
-        self._probe_credit_s = max(credit_s, -MAX_PROBE_CREDIT_S)
+            self._credit.pay(step_s - self._unpaid_plain_s)
+        self._credit.earn(step_s)
 
     def _ask(self, step: StepDrafts, ask: Ask) -> None:
         """Ask a drafter and put its drafts into the step, over those that are there."""
@@ -246,7 +238,7 @@ class SpeculationPolicy:
             return None
         draft_s = self._clock() - began_s
         if ask.num_probed:
-            self._pay_for_probe(draft_s * ask.num_probed / len(sequences))
+            self._credit.pay(draft_s * ask.num_probed / len(sequences))
         planner = self.models.planners.get(ask.name)
         if planner is None:
             return drafts, draft_s
@@ -307,7 +299,7 @@ class SpeculationPolicy:
         count = min(FREE_PROBE_DRAFTS, len(step.drafts[index].token_ids))
         if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
             return
-        if self._probe_credit_s > 0.0 and step.is_decoding_only:
+        if self._credit.is_left and step.is_decoding_only:
             self._unpaid_plain_s = step.seconds(0)
             counts[index] = count
 
