@@ -55,6 +55,7 @@ class ChainDrafter:
         self.name = name
         self.max_drafts = max_drafts
         self.min_confidence = _MIN_CONFIDENCE
+        self.num_caught_up = 0
         missing = max_drafts - len(position_priors)
         self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)
         self._block_size = model.block_size
@@ -83,6 +84,7 @@ class ChainDrafter:
         group: list[int] = []
         num_tokens = 0
         budget = _CATCH_UP_TOKENS
+        self.num_caught_up = 0
         for index, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
             if wanted <= 0:
                 continue
@@ -91,6 +93,7 @@ class ChainDrafter:
                 continue
             count = span[1] - span[0]
             budget -= count
+            self.num_caught_up += count
             if not self._window and span[1] < len(seq.token_ids):
                 wanted = 0  # not caught up yet
             if self._window and num_tokens + count > self._max_tokens:

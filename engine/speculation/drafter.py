@@ -59,7 +59,9 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class Chain(Protocol):
-    """What the policy sets of a drafter that goes on token by token."""
+    """What the policy sets and reads of a drafter that goes on token by token."""
 
     min_confidence: float
     """A draft ends once its tokens together are less likely than this."""
+    num_caught_up: int
+    """Positions of texts that the last call had to compute before it could draft."""
