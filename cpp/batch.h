@@ -6,7 +6,7 @@
 namespace fulcrum {
 
 // T tokens, B sequences, R rows that need logits, M blocks per sequence, V vocabulary. See
-// engine/batch.py for the meaning of each; capacities are in Limits.
+// engine/step_buffers.py for the meaning of each; capacities are in Limits.
 struct Batch {
   const int32_t* token_ids = nullptr;     // (T,)
   const int32_t* positions = nullptr;     // (T,)

@@ -154,7 +154,7 @@ class Model:
         """Bytes of a KV block of all layers in a dtype, scales included."""
 
     def bind(self, **buffers: NDArray[Any]) -> None:
-        """Bind the step's buffers once; see engine/batch.py for names, shapes and types."""
+        """Bind the step's buffers once; see engine/step_buffers.py for names, shapes and types."""
 
     def step(self, num_tokens: int, num_sequences: int, num_rows: int) -> None:
         """Forward, then sample, over what the bound buffers hold. Releases the GIL."""

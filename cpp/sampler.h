@@ -27,7 +27,7 @@ namespace fulcrum {
 
 constexpr int kMaxLogprobs = 20;
 
-// What one row asks for; the fields are engine/batch.py's.
+// What one row asks for; the fields are engine/step_buffers.py's.
 struct RowParams {
   float temperature = 1.0f;
   float top_p = 1.0f;

@@ -4,34 +4,6 @@ The engine loop fills a `Batch` from the scheduler's plan before each step and r
 rows after it. What a running sequence needs in every step is written once, into its lane.
 """
 
-# Names, shapes and types of the buffers that `fulcrum_core.Model.bind` takes. S = max_sequences,
-# T = max_step_tokens, R = rows that need logits (at most T), M = blocks per sequence.
-#
-#   token_ids, positions, slot_mapping   int32 (T,)    slot = block * block_size + offset
-#   query_start                          int32 (S+1,)  first row of each sequence
-#   seq_lens                             int32 (S,)    tokens in the cache after this step
-#   block_table                          int32 (S, M)
-#   logits_rows                          int32 (R,)    ascending indices into T
-# per row of R:
-#   target_ids       int32   -1: sample; else: only the log probability of this id
-#   temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty   float32
-#   top_k            int32   0: off
-#   num_logprobs     int32   -1: none wanted, else the number of alternatives, at most 20
-#   seed             uint64
-#   noise_position   int32   index in the sequence of the token being sampled
-#   history_start, history_output_start, history_end   int32   ranges of history_ids: the
-#       sequence's tokens so far, where its output begins; equal start and end: no penalties
-#   bias_start       int32 (R+1,)  ranges of bias_ids / bias_values, added to the logits
-# variable length, bound again when they must grow:
-#   history_ids int32, bias_ids int32, bias_values float32
-# written by the core:
-#   sampled_ids int32 (R,)   the target where there is one; -1 where the row's logits are unusable
-#   sampled_logprobs float32 (R,) (only where num_logprobs >= 0)
-#   top_ids int32 (R, 20), top_logprobs float32 (R, 20)   descending, num_logprobs of them
-#   logits float32 (R, V), optional: bound by tests and tools only
-#   hidden float32 (any, D), optional: states after the final norm, that of token t in row
-#       hidden_rows[t] (int32 (T,), -1: not wanted)
-
 import time
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
@@ -40,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.lanes import PARAM_TYPES, Float32Array, Int32Array, Lanes
+from engine.lanes import Float32Array, Int32Array, Lanes
 from engine.sequence import Sequence
+from engine.step_buffers import allocate_buffers
 from engine.types import TokenLogprobs
 
-MAX_LOGPROBS = 20
+FEW_TOKENS = 16  # of one sequence, that are laid out one by one
 
 
 class Core(Protocol):
@@ -95,7 +68,9 @@ class Batch:
         self._block_size = core.block_size
         self._max_model_len = max_model_len
         self._lanes = Lanes(max_sequences, max_model_len, core.block_size, eos_token_ids)
-        self._buffers = _allocate(max_sequences, max_step_tokens, self._lanes.blocks.shape[1])
+        self._buffers = allocate_buffers(
+            max_sequences, max_step_tokens, self._lanes.blocks.shape[1]
+        )
         self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
         self._hidden_window = 0
         self.keep_hidden(hidden)
@@ -107,6 +82,10 @@ class Batch:
         # Whose parameters the row buffers hold; None: they must be written in any case.
         self._written_lanes: NDArray[np.intp] | None = None
         self._row_penalised: Int32Array = np.zeros(0, np.int32)
+        # Each lane's number, as often as a step of it alone may have rows; and consecutive numbers.
+        self._few_lanes: dict[int, NDArray[np.intp]] = {}
+        self._num_few = min(FEW_TOKENS, max_step_tokens)
+        self._consecutive = np.arange(max_model_len + 2, dtype=np.int32)
         self._any_bias = False
         self._has_old_bias = False  # bias_start holds ranges of an earlier step
 
@@ -135,6 +114,8 @@ class Batch:
 
     def fill(self, entries: Row[tuple[Sequence, int]]) -> tuple[int, int, int]:
         """Lay out a step and return its numbers of tokens, sequences and logits rows."""
+        if len(entries) == 1 and self._is_few(*entries[0]):
+            return self._fill_few(*entries[0])
         buffers = self._buffers
         num_sequences = len(entries)
         self._lanes.write_new_blocks(entries)
@@ -173,6 +154,52 @@ class Batch:
             self._select_any_rows(entries, positions >= first_samples, token_lanes, positions)
         self._fill_params()
         return num_tokens, num_sequences, self._row_start[-1]
+
+    def _is_few(self, seq: Sequence, num_new: int) -> bool:
+        """Whether this is one sequence that decodes, its drafts included."""
+        is_decoding = seq.num_computed_tokens + num_new >= len(seq.token_ids)
+        return is_decoding and num_new <= self._num_few and not seq.needs_prompt_logprobs
+
+    def _fill_few(self, seq: Sequence, num_new: int) -> tuple[int, int, int]:
+        """The same for a step of one sequence that decodes: its columns are ranges, and gathering
+        them as for many takes several times as long."""
+        buffers, lanes, lane = self._buffers, self._lanes, seq.lane
+        lanes.write_new_blocks([(seq, num_new)])
+        if seq.draft_ids:
+            lanes.write_drafts(seq)
+        begin, block_size = seq.num_computed_tokens, self._block_size
+        end = begin + num_new
+        buffers["query_start"][1] = num_new
+        buffers["seq_lens"][0] = end
+        num_columns = -(-end // block_size)
+        buffers["block_table"][0, :num_columns] = lanes.blocks[lane, :num_columns]
+        buffers["positions"][:num_new] = self._consecutive[begin:end]
+        buffers["token_ids"][:num_new] = lanes.tokens[lane, begin:end]
+        block_ids, positions = seq.block_ids, range(begin, end)
+        buffers["slot_mapping"][:num_new] = [
+            block_ids[p // block_size] * block_size + p % block_size for p in positions
+        ]
+        window = self._hidden_window
+        if window:
+            buffers["hidden_rows"][:num_new] = [
+                lane * window + p % window if p >= end - window else -1 for p in positions
+            ]
+        first = len(seq.token_ids) - 1  # whose next token is the first sample
+        num_rows = end - first
+        self._row_start = [0, num_rows]
+        buffers["logits_rows"][:num_rows] = self._consecutive[first - begin : num_new]
+        buffers["noise_position"][:num_rows] = self._consecutive[first + 1 : end + 1]
+        buffers["target_ids"][:num_rows] = -1
+        few = self._few_lanes.get(lane)
+        if few is None:
+            few = self._few_lanes[lane] = np.full(self._num_few, lane, np.intp)
+        self._row_samples = None
+        if self._written_lanes is not few:
+            self._row_lanes = few
+            self._copy_params()
+        self._row_lanes = few[:num_rows]
+        self._fill_ranges()
+        return num_new, 1, num_rows
 
     def sampled(self) -> SampledRows:
         """Read the step's results, and append each sample to the tokens of its lane."""
@@ -280,12 +307,18 @@ class Batch:
 
     def _fill_params(self) -> None:
         """Copy the rows' sampling parameters from their lanes, unless they are there already."""
-        buffers = self._buffers
-        num_rows = len(self._row_lanes)
         if self._written_lanes is None or not np.array_equal(self._written_lanes, self._row_lanes):
             self._copy_params()
+        self._fill_ranges()
+
+    def _fill_ranges(self) -> None:
+        """Write what of the parameters changes from step to step: how far the history reaches."""
+        buffers = self._buffers
+        num_rows = len(self._row_lanes)
         history_end = buffers["history_end"][:num_rows]
-        np.multiply(self._row_penalised, buffers["noise_position"][:num_rows], out=history_end)
+        np.multiply(
+            self._row_penalised[:num_rows], buffers["noise_position"][:num_rows], out=history_end
+        )
         history_end += buffers["history_start"][:num_rows]
         if self._any_bias:
             self._fill_bias()
@@ -338,32 +371,3 @@ class Batch:
         if ids:
             np.concatenate(ids, out=buffers["bias_ids"][:end])
             np.concatenate(values, out=buffers["bias_values"][:end])
-
-
-def _allocate(max_sequences: int, max_step_tokens: int, num_blocks: int) -> dict[str, Any]:
-    per_row = {
-        **PARAM_TYPES,
-        "target_ids": np.int32,
-        "num_logprobs": np.int32,
-        "noise_position": np.int32,
-        "history_start": np.int32,
-        "history_output_start": np.int32,
-        "history_end": np.int32,
-        "logits_rows": np.int32,
-        "sampled_ids": np.int32,
-        "sampled_logprobs": np.float32,
-    }
-    per_token = ("token_ids", "positions", "slot_mapping")
-    buffers: dict[str, Any] = {name: np.zeros(max_step_tokens, np.int32) for name in per_token}
-    buffers |= {name: np.zeros(max_step_tokens, dtype) for name, dtype in per_row.items()}
-    buffers |= {
-        "query_start": np.zeros(max_sequences + 1, np.int32),
-        "seq_lens": np.zeros(max_sequences, np.int32),
-        "block_table": np.zeros((max_sequences, num_blocks), np.int32),
-        "bias_start": np.zeros(max_step_tokens + 1, np.int32),
-        "bias_ids": np.zeros(1024, np.int32),
-        "bias_values": np.zeros(1024, np.float32),
-        "top_ids": np.zeros((max_step_tokens, MAX_LOGPROBS), np.int32),
-        "top_logprobs": np.zeros((max_step_tokens, MAX_LOGPROBS), np.float32),
-    }
-    return buffers

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.batch import MAX_LOGPROBS, Core
+from engine.batch import Core
+from engine.step_buffers import MAX_LOGPROBS
 
 _INT32_ROWS = (
     "token_ids", "positions", "slot_mapping", "logits_rows", "target_ids", "top_k",

@@ -56,6 +56,7 @@ class Acceptance:
         # One entry more than buckets: what pads the rows of shorter drafts is never accepted.
         self._pad = len(self._accepted)
         self._probs = np.array([*drafter.priors, 0.0])
+        self._prob_list = [*drafter.priors, 0.0]  # the same, for a single draft
         self._sequences: dict[int, _SequenceRecord] = {}
         # By position, for those who want to see it, and for planning before there is a draft.
         priors = drafter.position_priors[: drafter.max_drafts]
@@ -76,10 +77,11 @@ class Acceptance:
             self._count(record, draft.buckets[position], position, position < num_matched)
 
     def _count(self, record: _SequenceRecord, bucket: int, position: int, accepted: bool) -> None:
-        record.observe(accepted, self._probs[bucket])
+        record.observe(accepted, self._prob_list[bucket])
         self._accepted[bucket] = self._accepted[bucket] * _KEEP + accepted
         self._trials[bucket] = self._trials[bucket] * _KEEP + 1.0
-        self._probs[bucket] = self._accepted[bucket] / self._trials[bucket]
+        prob = self._accepted[bucket] / self._trials[bucket]
+        self._probs[bucket] = self._prob_list[bucket] = prob
         self._position_accepted[position] = self._position_accepted[position] * _KEEP + accepted
         self._position_trials[position] = self._position_trials[position] * _KEEP + 1.0
 
@@ -95,6 +97,16 @@ class Acceptance:
         """
         return _survivals(self._probs[bucket_rows], odds)
 
+    def survivals_of(self, seq_id: int, draft: Draft) -> list[float]:
+        """The same for one draft: on so few numbers loops are quicker."""
+        odds = self.odds_of(seq_id)
+        probs, survivals, survival = self._prob_list, [], 1.0
+        for bucket in draft.buckets:
+            prob = probs[bucket]
+            survival *= prob * odds / (1.0 + prob * (odds - 1.0))
+            survivals.append(survival)
+        return survivals
+
     def typical_survivals(self, odds: float) -> FloatArray:
         """Survival by position before there is a draft: (1, max_drafts)."""
         return _survivals(np.array([self.by_position()]), np.array([odds]))
@@ -103,6 +115,11 @@ class Acceptance:
         """What multiplies each sequence's odds of acceptance; 1 where nothing is known."""
         records = self._sequences
         return np.array([records[seq_id].odds if seq_id in records else 1.0 for seq_id in seq_ids])
+
+    def odds_of(self, seq_id: int) -> float:
+        """The same of one sequence."""
+        record = self._sequences.get(seq_id)
+        return 1.0 if record is None else record.odds
 
     def by_position(self) -> list[float]:
         """Conditional acceptance by position, over all buckets."""
@@ -119,12 +136,5 @@ class Acceptance:
 
 
 def _survivals(probs: FloatArray, odds: FloatArray) -> FloatArray:
-    if len(probs) == 1:  # of a single stream: loops are quicker on so few numbers
-        (own_odds,) = odds.tolist()
-        survivals, survival = [], 1.0
-        for prob in probs[0].tolist():
-            survival *= prob * own_odds / (1.0 + prob * (own_odds - 1.0))
-            survivals.append(survival)
-        return np.array([survivals])
     column = odds[:, None]
     return np.multiply.accumulate(probs * column / (1.0 + probs * (column - 1.0)), axis=1)

@@ -24,7 +24,8 @@ _UNKNOWN_PRIOR = 0.5  # of a position that was never measured
 # A model that reads no hidden states can catch up with any text, but not all at once: a whole
 # prompt would be a pause of several steps in every running stream. Tokens of a call, at most.
 _CATCH_UP_TOKENS = 128
-# A chain whose drafts together are less likely than this is not gone on with.
+# A chain whose drafts together are less likely than this is not gone on with, until it is known
+# what that would cost and bring.
 _MIN_CONFIDENCE = 0.1
 
 
@@ -53,6 +54,8 @@ class ChainDrafter:
         num_lanes = len(lanes.tokens)
         self.name = name
         self.max_drafts = max_drafts
+        self.min_confidence = _MIN_CONFIDENCE
+        self.num_caught_up = 0
         missing = max_drafts - len(position_priors)
         self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)
         self._block_size = model.block_size
@@ -81,6 +84,7 @@ class ChainDrafter:
         group: list[int] = []
         num_tokens = 0
         budget = _CATCH_UP_TOKENS
+        self.num_caught_up = 0
         for index, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
             if wanted <= 0:
                 continue
@@ -89,6 +93,7 @@ class ChainDrafter:
                 continue
             count = span[1] - span[0]
             budget -= count
+            self.num_caught_up += count
             if not self._window and span[1] < len(seq.token_ids):
                 wanted = 0  # not caught up yet
             if self._window and num_tokens + count > self._max_tokens:
@@ -171,7 +176,7 @@ class ChainDrafter:
         count = len(group)
         if not count:
             return
-        self._core.propose(count, _MIN_CONFIDENCE)
+        self._core.propose(count, self.min_confidence)
         for index, number, ids, probs in zip(
             group,
             self._call["num_drafted"][:count].tolist(),

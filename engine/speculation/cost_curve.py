@@ -37,8 +37,9 @@ QUIET = 0.05
 STALE_AFTER = 200.0  # times taken in, after which what a size's rests on counts 1 / e
 MAX_WEIGHT = 100.0
 LEAST_WEIGHT = 0.01
-REBUILD_EVERY = 8  # times taken in, once so many were:
-SETTLED_AFTER = 64
+REBUILD_EVERY = 16  # times taken in, but for the first ones:
+SOON = 8
+FEW = 20  # sizes that `few_s` covers
 GUESSED_SLOPE = 0.05  # per size, where a single size is known
 
 
@@ -79,10 +80,11 @@ class CostCurve:
         self._seed_weights = np.full(len(self.sizes), LEAST_WEIGHT)
         self._last_seen = [0] * len(self.sizes)
         self._num_observed = 0
-        self._num_pending = 0  # of these, not in the curve yet
+        self._pending: list[tuple[int, float]] = []  # not taken in yet
         self._curve: FloatArray = np.zeros(max_size + 1)  # at level 0
         self._current: FloatArray = self._curve  # at the level that was the latest one then
         self._current_level = 0.0
+        self._few: tuple[FloatArray, list[float]] = (self._current, [])
 
     def seed(self, size: int, time_s: float) -> None:
         """Take in a time that was measured on purpose, before serving."""
@@ -96,12 +98,25 @@ class CostCurve:
         self._rebuild()
 
     def observe(self, size: int, time_s: float) -> None:
-        """Take in a time that was measured while serving; sizes past the end are ignored."""
+        """Take in a time that was measured while serving; sizes past the end are ignored.
+
+        That is done for a few at once: between two steps all code is out of the caches, and most
+        of what one time costs is reading it anew.
+        """
         if size > self._max_size or size < 1 or time_s <= 0.0:
             return
         if not self.is_known:
             self.seed(size, time_s)
             return
+        self._pending.append((size, time_s))
+        # At first each one may change a lot.
+        if len(self._pending) >= min(REBUILD_EVERY, 1 + self._num_observed // SOON):
+            for one in self._pending:
+                self._take_in(*one)
+            self._pending.clear()
+            self._rebuild()
+
+    def _take_in(self, size: int, time_s: float) -> None:
         self._num_observed += 1
         self._level.observe(math.log(time_s / float(self._curve[size])))
         index = self._nearest(size)
@@ -112,9 +127,6 @@ class CostCurve:
         weight = self._weights[index] * math.exp(-age / STALE_AFTER)
         self._weights[index] = min(weight + 1.0, MAX_WEIGHT)
         self._last_seen[index] = self._num_observed
-        self._num_pending += 1
-        if self._num_pending >= REBUILD_EVERY or self._num_observed <= SETTLED_AFTER:
-            self._rebuild()
 
     def times_s(self) -> FloatArray:
         """Return the times by size, index 0 unused; do not write to it."""
@@ -122,6 +134,13 @@ class CostCurve:
             self._current_level = self._level.log_factor
             self._current = self._curve * math.exp(self._current_level)
         return self._current
+
+    def few_s(self) -> list[float]:
+        """The same for the least sizes, as a list, which is quicker to read one by one."""
+        times_s = self.times_s()
+        if self._few[0] is not times_s:
+            self._few = (times_s, times_s[: FEW + 1].tolist())
+        return self._few[1]
 
     def time_s(self, size: int) -> float:
         """Return the time of one size, without those of the others."""
@@ -148,7 +167,6 @@ class CostCurve:
         return right
 
     def _rebuild(self) -> None:
-        self._num_pending = 0
         for index in self._changed:
             own = self._own[index]
             median = self._own_medians[index] = statistics.median(own)

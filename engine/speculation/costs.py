@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from engine.speculation.cost_curve import CostCurve, FloatArray, Level
+from engine.speculation.cost_curve import (
+    REBUILD_EVERY,
+    SOON,
+    CostCurve,
+    FloatArray,
+    Level,
+)
 
 # Of a step with as many tokens, for a run of a drafter that was never timed: it is tried, and
 # then it is known.
@@ -10,7 +16,7 @@ GUESSED_RUN_SHARE = 0.08
 
 
 class DraftCost:
-    """Seconds of asking one drafter, by the number of sequences and of drafts for each."""
+    """Seconds of a drafter's call, by the number of sequences and of tokens in its longest draft"""
 
     def __init__(self, step: CostCurve, max_sequences: int, max_drafts: int) -> None:
         self._step = step
@@ -19,15 +25,18 @@ class DraftCost:
         level = Level()
         self._curves = [CostCurve(max_sequences, level) for _ in range(max_drafts)]
         self._cached: dict[int, FloatArray] = {}
+        self._num_observed = 0
 
     def curve(self, num_drafts: int) -> CostCurve:
         """The curve by number of sequences for this many drafts, to seed or to read."""
         return self._curves[num_drafts - 1]
 
     def observe(self, num_sequences: int, num_drafts: int, draft_s: float) -> None:
-        """Take in the time of one call; num_drafts is the largest of its sequences'."""
+        """Take in the time of one call that drafted so many tokens for one of its sequences."""
         self._curves[min(num_drafts, self._max_drafts) - 1].observe(num_sequences, draft_s)
-        self._cached.clear()
+        self._num_observed += 1
+        if self._num_observed % REBUILD_EVERY == 0 or self._num_observed <= SOON:
+            self._cached.clear()
 
     def times_s(self, num_sequences: int) -> FloatArray:
         """Return seconds by number of drafts, 0 … max_drafts; do not write to it."""

@@ -4,7 +4,7 @@ The policy asks drafters between two steps; the verifier sees the ids alone.
 """
 
 from collections.abc import Sequence as Row
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -55,3 +55,13 @@ class Drafter(Protocol):
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
         """Draft at most max_drafts[i] tokens that follow the tokens of sequences[i]."""
         ...
+
+
+@runtime_checkable
+class Chain(Protocol):
+    """What the policy sets and reads of a drafter that goes on token by token."""
+
+    min_confidence: float
+    """A draft ends once its tokens together are less likely than this."""
+    num_caught_up: int
+    """Positions of texts that the last call had to compute before it could draft."""

@@ -13,10 +13,13 @@ from engine.speculation.acceptance import Acceptance
 from engine.speculation.candidates import StepDrafts
 from engine.speculation.costs import Costs
 from engine.speculation.depth import MARGIN, DepthPlanner
-from engine.speculation.drafter import Drafter
+from engine.speculation.drafter import Chain, Drafter
+from engine.speculation.single_stream import SingleStep
 
 PROBE_SEQUENCES = 2
 VERIFY_EVERY = 4  # probes
+# Positions of a sequence that a call computes first where the drafter is asked in most steps.
+USUAL_CATCH_UP = 10
 
 
 @dataclass(slots=True)
@@ -36,11 +39,19 @@ class ModelDrafters:
     def __init__(
         self, drafters: list[Drafter], acceptance: dict[str, Acceptance], costs: Costs
     ) -> None:
+        self._chains = {drafter.name: drafter for drafter in drafters if isinstance(drafter, Chain)}
         self.planners = {
-            drafter.name: DepthPlanner(acceptance[drafter.name], costs) for drafter in drafters
+            drafter.name: DepthPlanner(
+                acceptance[drafter.name], costs, ends_early=drafter.name in self._chains
+            )
+            for drafter in drafters
         }
         self.current: str | None = next(iter(self.planners), None)
         self._acceptance = acceptance
+        self._costs = costs
+        # Of a step of one sequence, as of its last plan: what a draft of depth 1 … K is worth, and
+        # what one of depth 0 … K takes.
+        self._single: dict[str, tuple[list[float], list[float]]] = {}
         self._num_probes = 0
 
     def remove(self, name: str) -> None:
@@ -77,6 +88,75 @@ class ModelDrafters:
             self._probe(step, asks)
         return [ask for ask in asks.values() if ask.indices]
 
+    def assign_single(self, step: SingleStep, *, may_probe: bool) -> Ask | None:
+        """The same for a step of one sequence, after the free drafters: whom to ask, if any."""
+        wanted = step.candidate.drafter
+        due = [
+            one for one in self.planners.values() if one.is_due(1) or one.name not in self._single
+        ]
+        for planner in due:
+            self._plan_single(planner, step)
+        if due:
+            self._choose_current()
+        asked = self.current if wanted == "auto" else wanted
+        if asked is None or asked not in self.planners:
+            return None
+        if may_probe:
+            probe = self._probe_single(step)
+            if probe is not None:
+                return probe
+        planner = self.planners[asked]
+        depth = step.limit(planner.depth)
+        if depth <= 0 or (step.count and self._promise(planner, depth, step) <= step.value):
+            return None
+        return Ask(asked, [0], [depth])
+
+    def _plan_single(self, planner: DepthPlanner, step: SingleStep) -> None:
+        odds = self._acceptance[planner.name].odds([step.seq_id])
+        alone = StepDrafts([step.candidate], 0, self._costs.step.times_s(), planner.max_drafts)
+        planner.plan(odds, 1.0, alone, 0)
+        price = step.token_price
+        self.set_confidence(planner.name, 1, step.rate, price)
+        gains, times_s = planner.mean_gains(price), planner.draft_times_s(1)
+        self._single[planner.name] = (gains.tolist(), times_s.tolist())
+
+    def _promise(self, planner: DepthPlanner, depth: int, step: SingleStep) -> float:
+        """What asking is worth, in tokens."""
+        gains, times_s = self._single[planner.name]
+        odds = self._acceptance[planner.name].odds_of(step.seq_id)
+        return odds * gains[depth - 1] - step.rate * times_s[depth]
+
+    def _probe_single(self, step: SingleStep) -> Ask | None:
+        wanted = step.candidate.drafter
+        idle = [
+            name
+            for name, planner in self.planners.items()
+            if wanted in ("auto", name)
+            and (name != self.current or planner.depth < planner.max_drafts)
+        ]
+        if not idle:
+            return None
+        name = idle[self._num_probes % len(idle)]
+        self._num_probes += 1
+        depth = step.limit(self.planners[name].max_drafts)
+        if depth <= 0:
+            return None
+        verified = {0} if self._num_probes % VERIFY_EVERY == 0 else set[int]()
+        return Ask(name, [0], [depth], verified, num_probed=1)
+
+    def was_usual(self, name: str, num_sequences: int) -> bool:
+        """Whether a drafter's last call took what calls take. Where it is hardly asked, a probe
+        finds it far behind: were that taken for its cost, it would never be asked again."""
+        chain = self._chains.get(name)
+        return chain is None or chain.num_caught_up <= USUAL_CATCH_UP * num_sequences
+
+    def set_confidence(self, name: str, num_sequences: int, rate: float, price: float) -> None:
+        """Have a drafter end its chains where going on would not pay; see `DepthPlanner`."""
+        chain = self._chains.get(name)
+        if chain is not None:
+            planner = self.planners[name]
+            chain.min_confidence = planner.least_confidence(num_sequences, rate, price)
+
     def _where_better(
         self, step: StepDrafts, name: str, auto: list[int], rate: float, token_price: float
     ) -> list[int]:
@@ -85,7 +165,7 @@ class ModelDrafters:
             return auto
         planner = self.planners[name]
         gains = planner.mean_gains(token_price)
-        draft_times_s = planner.cost.times_s(len(auto))[1:]
+        draft_times_s = planner.draft_times_s(len(auto))[1:]
         odds = self._acceptance[name].odds([step.seq_ids[index] for index in auto])
         values = (np.outer(odds, gains) - draft_times_s * (rate / len(auto))).max(axis=1)
         free_values = np.maximum(step.survivals[auto] - token_price, 0.0).sum(axis=1)

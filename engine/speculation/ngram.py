@@ -4,9 +4,11 @@ The search itself is the core's (cpp/ngram.h), over the token table of the engin
 """
 
 from collections.abc import Sequence as Row
+from typing import Any
 
 import fulcrum_core
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.lanes import Int32Array
 from engine.sequence import Sequence
@@ -47,6 +49,10 @@ class NgramDrafter:
         self._draft_ids = np.zeros((num_lanes, max_drafts), np.int32)
         self._num_drafts = np.zeros(num_lanes, np.int32)
         self._match_lengths = np.zeros(num_lanes, np.int32)
+        # What the core is told of each sequence: lane, owner, length and number of drafts.
+        types = (np.int32, np.int64, np.int32, np.int32)
+        self._asked = tuple(np.zeros(num_lanes, dtype) for dtype in types)
+        self._calls: dict[int, tuple[NDArray[Any], ...]] = {}  # by number of sequences
         # Buckets of a whole draft by the length of its match.
         positions = [min(position, _NUM_POSITIONS - 1) for position in range(max_drafts)]
         self._buckets = [
@@ -57,26 +63,22 @@ class NgramDrafter:
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
         """Draft at most max_drafts[i] tokens for sequences[i], which has a lane."""
         count = len(sequences)
-        self._index.propose(
-            self._tokens,
-            np.array([seq.lane for seq in sequences], np.int32),
-            # A lane's next sequence must not inherit its index.
-            np.array([seq.seq_id for seq in sequences], np.int64),
-            np.array([len(seq.token_ids) for seq in sequences], np.int32),
-            np.minimum(np.array(max_drafts, np.int32), self.max_drafts),
-            self._draft_ids[:count],
-            self._num_drafts[:count],
-            self._match_lengths[:count],
-        )
-        num_drafts = self._num_drafts[:count].tolist()
+        call = self._calls.get(count)
+        if call is None:
+            given = (self._draft_ids, self._num_drafts, self._match_lengths)
+            call = self._calls[count] = tuple(one[:count] for one in (*self._asked, *given))
+        lanes, owners, lengths, most, draft_ids, num_drafts, match_lengths = call
+        for row, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
+            lanes[row] = seq.lane
+            owners[row] = seq.seq_id  # a lane's next sequence must not inherit its index
+            lengths[row] = len(seq.token_ids)
+            most[row] = min(wanted, self.max_drafts)
+        self._index.propose(self._tokens, *call)
         buckets = self._buckets
         return [
             Draft("ngram", ids[:number], buckets[length][:number])
             for ids, number, length in zip(
-                self._draft_ids[:count].tolist(),
-                num_drafts,
-                self._match_lengths[:count].tolist(),
-                strict=True,
+                draft_ids.tolist(), num_drafts.tolist(), match_lengths.tolist(), strict=True
             )
         ]
 

@@ -97,8 +97,10 @@ def rates_by_depth(
     num_other_drafted: int,
     times_s: FloatArray,
     draft_times_s: FloatArray,  # (K + 1,) for num_sequences
+    first_depth: int = 1,
 ) -> FloatArray:
-    """Expected emitted tokens per second if `num_sequences` are drafted for, by depth 0 … K.
+    """Expected emitted tokens per second if `num_sequences` are drafted for, by depth 0 … K; 0
+    for those between 0 and first_depth.
 
     Recent drafts stand for those to come: groups of num_sequences of them are put through the
     choice of what to verify, because that is what makes a deep draft pay: of a draft that looks
@@ -110,11 +112,11 @@ def rates_by_depth(
         num_profiles = num_sequences
     num_groups = num_profiles // num_sequences
     groups = profiles[: num_groups * num_sequences].reshape(num_groups, num_sequences, max_depth)
-    rates = np.empty(max_depth + 1)
+    rates = np.zeros(max_depth + 1)
     first = min(num_other_drafted, len(times_s) - 1)
     rates[0] = base_emitted / times_s[first]
     room = len(times_s) - 1 - first
-    for depth in range(1, max_depth + 1):
+    for depth in range(first_depth, max_depth + 1):
         num_usable = min(num_sequences * depth, room)
         drafted = groups[:, :, :depth].reshape(num_groups, -1)
         seconds = times_s[first : first + num_usable + 1] + draft_times_s[depth]

@@ -9,20 +9,21 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Row
 
+from engine.sequence import Sequence
 from engine.speculation.acceptance import Acceptance
 from engine.speculation.candidates import Candidate, StepDrafts
 from engine.speculation.costs import Costs
-from engine.speculation.drafter import Draft, Drafter
+from engine.speculation.drafter import NO_DRAFT, Draft, Drafter
 from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
+from engine.speculation.probes import ProbeCredit
 from engine.speculation.profiles import DraftProfiles, RecentDrafts
+from engine.speculation.single_stream import LongRunRate, SingleStep
 from engine.speculation.speedup import SpeedupMeter
 from engine.speculation.tally import Tally
 
 log = logging.getLogger(__name__)
 
-PROBE_TIME_SHARE = 0.005  # of all step time, at most, for drafts that are not expected to pay
-MAX_PROBE_CREDIT_S = 0.03
 FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
 # Under load, after so many steps in which nothing paid, only every fourth step is looked at.
@@ -53,14 +54,15 @@ class SpeculationPolicy:
         self.models = ModelDrafters(
             [drafter for drafter in drafters if not drafter.is_free], self.acceptance, costs
         )
-        self.last_choice: Choice | None = None
+        self._last: Choice | SingleStep | None = None
         self.last_load = (0, 0)  # candidates and tokens without drafts of the last choice
         self._free = [drafter for drafter in drafters if drafter.is_free]
         self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
         self._verified: dict[int, Draft] = {}  # of that, what goes into it
-        self._probe_credit_s = MAX_PROBE_CREDIT_S  # at first much is to be learned
+        self._credit = ProbeCredit()
         self._unpaid_plain_s: float | None = None  # what a step with a probe would have taken
         self._speedup = 1.0  # against no drafts, that recent choices promised
+        self._single_rate = LongRunRate()
         self._num_calls = 0
         self.meter = SpeedupMeter()
         # Of the coming step: seconds of drafting and of models' part in it, sequences, and tokens
@@ -70,6 +72,11 @@ class SpeculationPolicy:
         self._num_resting = 0  # steps in a row in which nothing paid
         self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
         self._recent = RecentDrafts(self._max_drafts)
+
+    @property
+    def last_choice(self) -> Choice | None:
+        """What was decided last."""
+        return self._last.choice() if isinstance(self._last, SingleStep) else self._last
 
     def profiles(self) -> DraftProfiles:
         """What recent drafts promised, for plans of other loads and other costs."""
@@ -100,6 +107,8 @@ class SpeculationPolicy:
             seq_ids = {candidate.sequence.seq_id for candidate in candidates}
             for acceptance in self.acceptance.values():
                 acceptance.keep_only(seq_ids)
+        if len(candidates) == 1 and not num_other_tokens and candidates[0].num_drafts is None:
+            return [self._draft_single(candidates[0])]
         times_s = self.costs.step.times_s()
         step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
         if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
@@ -114,9 +123,58 @@ class SpeculationPolicy:
             self._recent.add_rows(step.survivals[step.with_drafter("auto")])
         if self.models.planners:
             rate = max(self._speedup, 1.0) * step.plain_rate
-            for ask in self.models.assign(step, rate, may_probe=self._probe_credit_s > 0.0):
+            price = step.token_price(rate)
+            for ask in self.models.assign(step, rate, may_probe=self._credit.is_left):
+                self.models.set_confidence(ask.name, len(ask.indices), rate, price)
                 self._ask(step, ask)
         return self._choose(step)
+
+    def _draft_single(self, candidate: Candidate) -> Draft:
+        """The same for a step of one sequence and nothing else."""
+        if candidate.max_drafts <= 0 or candidate.drafter == "off" or not self.costs.step.is_known:
+            return NO_DRAFT
+        if self.meter.is_plain_due(1):
+            return NO_DRAFT
+        seconds = self.costs.step.few_s()
+        step = SingleStep(candidate, seconds, self._single_rate.per_s(seconds[1]))
+        for drafter in tuple(self._free):
+            if candidate.drafter in ("auto", drafter.name):
+                self._ask_single(step, Ask(drafter.name, [0], [step.limit(drafter.max_drafts)]))
+        if self.models.planners:
+            ask = self.models.assign_single(step, may_probe=self._credit.is_left)
+            if ask is not None:
+                self._ask_single(step, ask)
+        if not step.count and step.free_draft.token_ids and self._credit.is_left:
+            self._unpaid_plain_s = seconds[1]
+            count = min(FREE_PROBE_DRAFTS, len(step.free_draft.token_ids))
+            step.force(step.free_draft, [], count)
+        self._single_rate.observe(step.emitted, step.expected_s)
+        self._remember(step, (1, 1), step.emitted / step.expected_s * seconds[1])
+        if not step.count:
+            return NO_DRAFT
+        self._verified[step.seq_id] = step.draft
+        return step.draft.truncated(step.count)
+
+    def _ask_single(self, step: SingleStep, ask: Ask) -> None:
+        called = self._call(ask, [step.candidate.sequence])
+        if called is None:
+            return
+        ((draft,), draft_s) = called
+        step.sunk_s += draft_s
+        if ask.verified:
+            self._unpaid_plain_s = step.seconds[1]
+        survivals = self.acceptance[ask.name].survivals_of(step.seq_id, draft)
+        if self.drafters[ask.name].is_free:
+            step.free_draft = draft
+            if step.candidate.drafter == "auto":
+                self._recent.add_row(survivals)
+        if not draft.token_ids:
+            return
+        if ask.verified:
+            step.force(draft, survivals, len(draft.token_ids))
+        else:
+            step.consider(draft, survivals)
+        self._pending.setdefault(step.seq_id, []).append(draft)
 
     def observe(self, seq_id: int, num_verified: int, emitted_ids: Row[int]) -> int:
         """Learn from what a step emitted for a sequence; return how many drafts were accepted.
@@ -144,52 +202,55 @@ class SpeculationPolicy:
         )
         self.costs.step.observe(num_step_tokens, step_s)
         if self._unpaid_plain_s is not None:
-            self._pay_for_probe(step_s - self._unpaid_plain_s)
-        credit_s = self._probe_credit_s + PROBE_TIME_SHARE * step_s
-        self._probe_credit_s = min(credit_s, MAX_PROBE_CREDIT_S)
-
-    def _pay_for_probe(self, spent_s: float) -> None:
-        """Charge what a probe took, not what it was expected to: that may be far too much, and
-        probes are what shows it."""
-        credit_s = self._probe_credit_s - max(0.0, spent_s)
-        self._probe_credit_s = max(credit_s, -MAX_PROBE_CREDIT_S)
+            self._credit.pay(step_s - self._unpaid_plain_s)
+        self._credit.earn(step_s)
 
     def _ask(self, step: StepDrafts, ask: Ask) -> None:
         """Ask a drafter and put its drafts into the step, over those that are there."""
         if not ask.indices:
             return
-        drafter, acceptance = self.drafters[ask.name], self.acceptance[ask.name]
-        began_s = self._clock()
-        try:
-            drafts = drafter.propose([step.candidates[i].sequence for i in ask.indices], ask.depths)
-        except Exception as error:
-            log.exception("the drafter %s failed; it is not asked any more", ask.name)
-            self._disable(ask.name, f"it failed: {error!r}")
+        called = self._call(ask, [step.candidates[index].sequence for index in ask.indices])
+        if called is None:
             return
-        draft_s = self._clock() - began_s
+        drafts, draft_s = called
         step.sunk_s += draft_s
-        if ask.num_probed:
-            self._pay_for_probe(draft_s * ask.num_probed / len(ask.indices))
-            if ask.verified:
-                self._unpaid_plain_s = step.seconds(0)
-        planner = self.models.planners.get(ask.name)
-        if planner is not None:
-            self._models_s += draft_s
+        if ask.verified:
+            self._unpaid_plain_s = step.seconds(0)
         if not any(draft.token_ids for draft in drafts):
-            return  # it may have caught up with a prompt, which is not what a draft costs
-        if planner is not None:
-            planner.cost.observe(len(ask.indices), max(ask.depths), draft_s)
+            return
+        acceptance = self.acceptance[ask.name]
         seq_ids = [step.seq_ids[index] for index in ask.indices]
-        rows = acceptance.bucket_rows(drafts, drafter.max_drafts)
+        rows = acceptance.bucket_rows(drafts, acceptance.max_drafts)
         survivals = acceptance.survivals(rows, acceptance.odds(seq_ids))
         step.put(ask.indices, drafts, survivals, ask.verified)
         for seq_id, draft in zip(seq_ids, drafts, strict=True):
             if draft.token_ids:
                 self._pending.setdefault(seq_id, []).append(draft)
-        if planner is not None:
+
+    def _call(self, ask: Ask, sequences: Row[Sequence]) -> tuple[list[Draft], float] | None:
+        """Ask a drafter and take in what that took; None where it failed, and is given up."""
+        began_s = self._clock()
+        try:
+            drafts = self.drafters[ask.name].propose(sequences, ask.depths)
+        except Exception as error:
+            log.exception("the drafter %s failed; it is not asked any more", ask.name)
+            self._disable(ask.name, f"it failed: {error!r}")
+            return None
+        draft_s = self._clock() - began_s
+        if ask.num_probed:
+            self._credit.pay(draft_s * ask.num_probed / len(sequences))
+        planner = self.models.planners.get(ask.name)
+        if planner is None:
+            return drafts, draft_s
+        self._models_s += draft_s
+        longest = max(len(draft.token_ids) for draft in drafts)
+        if longest:  # else it has only caught up with a prompt
+            if self.models.was_usual(ask.name, len(sequences)):
+                planner.cost.observe(len(sequences), longest, draft_s)
             for draft, depth in zip(drafts, ask.depths, strict=True):
                 if depth == planner.max_drafts:
                     planner.add_profile(draft)
+        return drafts, draft_s
 
     def _disable(self, name: str, reason: str) -> None:
         """Go on without a drafter: text never depends on one."""
@@ -217,7 +278,8 @@ class SpeculationPolicy:
         self._num_resting = 0 if choice.num_verified else self._num_resting + 1
         if not choice.num_verified:
             self._probe_free(step, counts)
-        self._remember(step, choice)
+        load = len(step.candidates), step.base_tokens
+        self._remember(choice, load, choice.expected_rate / step.plain_rate)
         for index, count in enumerate(counts):
             draft = step.drafts[index]
             if count:
@@ -238,7 +300,7 @@ class SpeculationPolicy:
         count = min(FREE_PROBE_DRAFTS, len(step.drafts[index].token_ids))
         if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
             return
-        if self._probe_credit_s > 0.0 and step.is_decoding_only:
+        if self._credit.is_left and step.is_decoding_only:
             self._unpaid_plain_s = step.seconds(0)
             counts[index] = count
 
@@ -246,10 +308,9 @@ class SpeculationPolicy:
         is_due = self.meter.is_plain_due(len(candidates))
         return is_due and all(candidate.num_drafts is None for candidate in candidates)
 
-    def _remember(self, step: StepDrafts, choice: Choice) -> None:
-        self.last_choice = choice
-        self.last_load = (len(step.candidates), step.base_tokens)
-        speedup = choice.expected_rate / step.plain_rate
+    def _remember(self, last: Choice | SingleStep, load: tuple[int, int], speedup: float) -> None:
+        self._last = last
+        self.last_load = load
         self._speedup += (speedup - self._speedup) / SPEEDUP_MEMORY
         self.tally.estimate(speedup)
 

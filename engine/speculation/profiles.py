@@ -6,12 +6,13 @@ The policy fills a `RecentDrafts`; the planner asks the engine thread for `Draft
 
 import statistics
 from collections import deque
+from collections.abc import Sequence as Row
 
 import msgspec
 import numpy as np
 
 from engine.speculation.cost_curve import FloatArray
-from engine.speculation.depth import NUM_PROFILES
+from engine.speculation.depth import ENOUGH_PROFILES
 
 NUM_ROWS = 512  # of sequences in steps
 NUM_TIMES = 64  # of each number of sequences
@@ -30,16 +31,17 @@ class RecentDrafts:
     """The last rows of free drafters, whatever was verified of them, and times of deciding."""
 
     def __init__(self, max_drafts: int) -> None:
-        self._rows = np.zeros((NUM_ROWS, max_drafts))
-        self._num_rows = 0
+        self._max_drafts = max_drafts
+        self._rows: deque[Row[float] | FloatArray] = deque(maxlen=NUM_ROWS)
         self._deciding_s: dict[int, deque[float]] = {}
 
     def add_rows(self, survivals: FloatArray) -> None:
         """Take in a row for each sequence that a step asked free drafters for."""
-        survivals = survivals[-NUM_ROWS:]
-        at = (self._num_rows + np.arange(len(survivals))) % NUM_ROWS
-        self._rows[at] = survivals
-        self._num_rows += len(survivals)
+        self._rows.extend(survivals[-NUM_ROWS:])
+
+    def add_row(self, survivals: list[float]) -> None:
+        """Take in that of a single one, which may be shorter."""
+        self._rows.append(survivals)
 
     def add_time(self, num_sequences: int, deciding_s: float) -> None:
         """Take in what a step's drafting took without the runs of models."""
@@ -50,11 +52,12 @@ class RecentDrafts:
 
     def profiles(self, models: dict[str, FloatArray]) -> DraftProfiles:
         """What there is now, with the profiles of models that have enough."""
-        num_rows = min(self._num_rows, NUM_ROWS)
-        first = self._num_rows % NUM_ROWS if num_rows == NUM_ROWS else 0
+        free = np.zeros((len(self._rows), self._max_drafts))
+        for row, survivals in zip(free, self._rows, strict=True):
+            row[: len(survivals)] = survivals
         return DraftProfiles(
-            free=np.roll(self._rows[:num_rows], -first, axis=0),
-            models={name: rows for name, rows in models.items() if len(rows) >= NUM_PROFILES},
+            free=free,
+            models={name: rows for name, rows in models.items() if len(rows) >= ENOUGH_PROFILES},
             deciding_s=tuple(
                 (count, statistics.median(times))
                 for count, times in sorted(self._deciding_s.items())

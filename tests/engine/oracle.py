@@ -159,7 +159,7 @@ class CoreDriver:
 def _buffers(
     max_sequences: int, max_tokens: int, blocks_per_sequence: int, vocab_size: int
 ) -> dict[str, NDArray[Any]]:
-    """What Model.bind takes, set to greedy sampling; see engine/batch.py."""
+    """What Model.bind takes, set to greedy sampling; see engine/step_buffers.py."""
     int32 = (
         "token_ids positions slot_mapping logits_rows target_ids top_k num_logprobs "
         "noise_position history_start history_output_start history_end sampled_ids"
