@@ -13,6 +13,10 @@ namespace {
 constexpr int kSpinsBeforeSleep = 2000;
 constexpr int kSpinsBeforeYield = 500;
 
+// Between two offers of the core: shorter than the system lets a thread run before others get their
+// turn, long enough that the calls cost little (0.2 % of the time at 0.4 us).
+constexpr std::chrono::microseconds kOfferInterval{200};
+
 inline void pause_cpu() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
@@ -138,6 +142,18 @@ void ThreadPool::complete(uint32_t phase, int num_units, int num_all_units) {
 
 void ThreadPool::wait_for_end(uint32_t phase) const {
   spin_until([&] { return open_phase() != phase; });
+}
+
+// Lets others on this core run, which would otherwise do so in the middle of a unit, with all other
+// threads waiting for its end. Where one has stayed for long, the thread keeps its core as long:
+// who always yields gets little of a core that it shares with somebody who never does.
+void ThreadPool::offer_core(int thread) {
+  Clock::time_point& next_offer = places_[thread].next_offer;
+  const Clock::time_point begin = Clock::now();
+  if (begin < next_offer) return;
+  sched_yield();
+  const Clock::time_point end = Clock::now();
+  next_offer = end + std::max<Clock::duration>(kOfferInterval, end - begin);
 }
 
 }  // namespace fulcrum

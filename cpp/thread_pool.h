@@ -1,11 +1,13 @@
 // The threads of a model, and of the models that draft for it: they live as long as these do and
 // run each step together, every thread the same code. An operation is over when all of its units
 // are computed, not when all threads have come by: a thread that the machine gave to somebody else
-// holds up at most the units it has taken, and skips what the others did without it.
+// holds up at most the units it has taken, and skips what the others did without it. And it offers
+// its core now and then while it has taken none, before it is made to leave it while it has.
 #pragma once
 
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <thread>
@@ -51,6 +53,7 @@ class ThreadPool {
     while (take(phase, num_units, &begin, &end)) {
       op(begin, end);
       complete(phase, end - begin, num_units);
+      offer_core(thread);
     }
     wait_for_end(phase);
   }
@@ -60,15 +63,19 @@ class ThreadPool {
   bool is_next_open(int thread) const { return open_phase() == places_[thread].phase; }
 
  private:
-  // What a thread has to itself.
+  using Clock = std::chrono::steady_clock;
+
+  // What a thread has to itself: all but is_inside is for no other one.
   struct alignas(64) Place {
-    uint32_t phase = 0;                  // of the next operation; its own thread's alone
+    uint32_t phase = 0;  // of the next operation
+    Clock::time_point next_offer;
     std::atomic<bool> is_inside{false};  // the job
   };
 
   bool take(uint32_t phase, int num_units, int* begin, int* end);
   void complete(uint32_t phase, int num_units, int num_all_units);
   void wait_for_end(uint32_t phase) const;
+  void offer_core(int thread);
   uint32_t open_phase() const {
     return static_cast<uint32_t>(queue_.load(std::memory_order_acquire) >> 32);
   }

@@ -11,7 +11,7 @@ import msgspec
 from server.condition import Condition
 from server.cost_model import Costs
 from server.errors import MAX_RETRY_AFTER_S
-from server.forecast import Ask, Forecast, Limits, OpenSequence, forecast
+from server.forecast import Ask, Forecast, Limits, OpenSequence, Outlook
 
 Reason = Literal[
     "too_many_sequences",  # would not fit an idle server
@@ -70,13 +70,14 @@ def admit(
     if condition.status == "draining":
         return Reject(503, "device_draining", None)
     limits = limits.scaled(condition.factor)
-    seen = forecast(ask, load.sequences, costs, limits)
+    outlook = Outlook(ask.rank_s, load.sequences, costs, limits)
+    seen = outlook.forecast(ask)
     if ask.num_sequences > limits.capacity or (
         limits.num_blocks and seen.most_blocks > limits.num_blocks
     ):
         return Reject(503, "memory_derated", None, seen)
     refusal = _refuse_place(ask, load, costs, limits, seen)
-    refusal = refusal or _refuse_ttft(ask, load, costs, limits, seen)
+    refusal = refusal or _refuse_ttft(ask, load, costs, limits, seen, outlook)
     return refusal or _refuse_deadline(ask, seen) or Admit(seen)
 
 
@@ -96,7 +97,7 @@ def _refuse_place(
 
 
 def _refuse_ttft(
-    ask: Ask, load: Load, costs: Costs, limits: Limits, seen: Forecast
+    ask: Ask, load: Load, costs: Costs, limits: Limits, seen: Forecast, outlook: Outlook
 ) -> Reject | None:
     # An empty server takes what it is asked for: waiting would make nothing better.
     if not load.num_open:
@@ -107,8 +108,8 @@ def _refuse_ttft(
         coming = OpenSequence(
             ask.rank_s, round(costs.mean_prompt_tokens), 0, round(costs.mean_output_tokens) or 1
         )
-        with_them = [*load.sequences, *[coming] * min(load.num_due, limits.capacity)]
-        ttft_s = forecast(ask, with_them, costs, limits).ttft_s
+        outlook.put_ahead(coming, min(load.num_due, limits.capacity))
+        ttft_s = outlook.forecast(ask).ttft_s
     share = _PROMISED_SHARE if ask.is_promised else _NEWCOMER_SHARE if load.num_due else _SHARE
     latest_s = limits.max_ttft_s * share
     if ttft_s <= latest_s:

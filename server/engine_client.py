@@ -227,9 +227,12 @@ class EngineClient:
                 if stream.finish_reason is None
             ],
             num_reserved=sum(
-                generation.num_reserved
+                num_reserved
                 for generation in self._generations
-                if generation is not without and not generation.has_failed
+                # Nearly all have submitted what they reserved.
+                if (num_reserved := generation.num_reserved)
+                and generation is not without
+                and not generation.has_failed
             ),
         )
 

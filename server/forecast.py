@@ -87,86 +87,118 @@ def forecast(
     ask: Ask, open_sequences: Iterable[OpenSequence], costs: Costs, limits: Limits
 ) -> Forecast:
     """Predict for `ask` beside what is open; times are 0 while nothing is known of steps."""
-    num_output = _expected_output(ask.max_tokens, ask.ignore_eos, 0, costs)
-    own_blocks = [_num_blocks(length + num_output, limits) for length in ask.prompt_lengths]
-    num_choices = ask.num_sequences // len(own_blocks)
-    lanes = _Lanes(limits)
-    ahead = []
-    for seq in open_sequences:
-        if seq.num_output_tokens:
-            lanes.hold(*_needs(seq, costs, limits))
-        elif seq.rank_s <= ask.rank_s:
-            ahead.append(seq)
-    ahead.sort(key=_rank_s)
-    num_ahead_tokens = 0.0
-    for seq in ahead:
-        lanes.start(*_needs(seq, costs, limits))
-        num_ahead_tokens += seq.num_prompt_tokens * costs.uncached_share
-    # Whoever is there beside it, whenever they start: fewer blocks or lanes are not less company.
-    num_lanes = max(limits.max_company, limits.max_sequences)
-    num_decoding = min(lanes.num_held + len(ahead), num_lanes)
-    start_step = 0.0
-    for num_blocks in own_blocks:
-        for _ in range(num_choices):
-            start_step = lanes.start(num_blocks, num_output / costs.tokens_per_step)
-    # Choices of one prompt share its keys and values: it is computed once.
-    num_own_tokens = sum(max(1.0, length * costs.uncached_share) for length in ask.prompt_lengths)
-    num_work_tokens = num_own_tokens
-    if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
-        num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
-    steady_s = costs.step_s(_steady_tokens(num_decoding, costs))
-    wait_s = max(start_step * steady_s, _prefill_s(num_ahead_tokens, num_decoding, costs, limits))
-    if num_decoding:
-        wait_s += steady_s / 2  # the step that is being computed
-    ttft_s = (wait_s + _prefill_s(num_own_tokens, num_decoding, costs, limits)) * costs.ttft_scale
-    width = min(num_lanes, num_decoding + ask.num_sequences)
-    idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
-    share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
-    num_full_tokens = limits.max_sequences * costs.verified_per_step
-    mixed_s = costs.step_s(MIXED_STEP_TOKENS + num_full_tokens)
-    prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / MIXED_STEP_TOKENS
-    return Forecast(
-        ttft_s=ttft_s,
-        end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
-        idle_end_s=idle_ttft_s + (num_output - 1) * costs.decode_s(ask.num_sequences),
-        work_s=ask.num_sequences * num_output * share_s + num_work_tokens * prompt_token_s,
-        num_blocks=sum(own_blocks) * num_choices,
-        most_blocks=max(own_blocks),
-        starts_now=start_step == 0,
-    )
+    return Outlook(ask.rank_s, open_sequences, costs, limits).forecast(ask)
+
+
+class Outlook:
+    """What is open, played forward to where a request of one rank would have its turn.
+
+    It takes most of the time of a forecast, and serves several: every refusal needs them.
+    """
+
+    def __init__(
+        self, rank_s: float, open_sequences: Iterable[OpenSequence], costs: Costs, limits: Limits
+    ) -> None:
+        self._costs = costs
+        self._limits = limits
+        held, ahead = [], []
+        for seq in open_sequences:
+            if seq.num_output_tokens:
+                held.append(_needs(seq, costs, limits))
+            elif seq.rank_s <= rank_s:
+                ahead.append(seq)
+        self._lanes = _Lanes(limits, held)
+        ahead.sort(key=_rank_s)
+        self._lanes.start([_needs(seq, costs, limits) for seq in ahead])
+        self._num_ahead = len(ahead)
+        self._num_ahead_tokens = costs.uncached_share * sum(seq.num_prompt_tokens for seq in ahead)
+
+    def put_ahead(self, seq: OpenSequence, count: int = 1) -> None:
+        """Let so many more sequences like `seq` have their turn first."""
+        self._lanes.start([_needs(seq, self._costs, self._limits)] * count)
+        self._num_ahead += count
+        self._num_ahead_tokens += count * seq.num_prompt_tokens * self._costs.uncached_share
+
+    def forecast(self, ask: Ask) -> Forecast:
+        """Predict for `ask`, which has the outlook's rank."""
+        costs, limits, lanes = self._costs, self._limits, self._lanes
+        num_output = _expected_output(ask.max_tokens, ask.ignore_eos, 0, costs)
+        own_blocks = [_num_blocks(length + num_output, limits) for length in ask.prompt_lengths]
+        num_choices = ask.num_sequences // len(own_blocks)
+        # Whoever is there beside it, whenever they start: fewer blocks or lanes are not less
+        # company.
+        num_lanes = max(limits.max_company, limits.max_sequences)
+        num_decoding = min(lanes.num_held + self._num_ahead, num_lanes)
+        num_steps = num_output / costs.tokens_per_step
+        start_step = lanes.start(
+            [(blocks, num_steps) for blocks in own_blocks for _ in range(num_choices)],
+            is_trial=True,
+        )
+        # Choices of one prompt share its keys and values: it is computed once.
+        num_own_tokens = sum(
+            max(1.0, length * costs.uncached_share) for length in ask.prompt_lengths
+        )
+        num_work_tokens = num_own_tokens
+        if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
+            num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
+        steady_s = costs.step_s(_steady_tokens(num_decoding, costs))
+        wait_s = max(
+            start_step * steady_s,
+            _prefill_s(self._num_ahead_tokens, num_decoding, costs, limits),
+        )
+        if num_decoding:
+            wait_s += steady_s / 2  # the step that is being computed
+        own_s = _prefill_s(num_own_tokens, num_decoding, costs, limits)
+        ttft_s = (wait_s + own_s) * costs.ttft_scale
+        width = min(num_lanes, num_decoding + ask.num_sequences)
+        idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
+        share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
+        num_full_tokens = limits.max_sequences * costs.verified_per_step
+        mixed_s = costs.step_s(MIXED_STEP_TOKENS + num_full_tokens)
+        prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / MIXED_STEP_TOKENS
+        return Forecast(
+            ttft_s=ttft_s,
+            end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
+            idle_end_s=idle_ttft_s + (num_output - 1) * costs.decode_s(ask.num_sequences),
+            work_s=ask.num_sequences * num_output * share_s + num_work_tokens * prompt_token_s,
+            num_blocks=sum(own_blocks) * num_choices,
+            most_blocks=max(own_blocks),
+            starts_now=start_step == 0,
+        )
 
 
 class _Lanes:
     """Lanes and blocks over the coming steps, as the open sequences are expected to free them."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._num_free = limits.max_sequences
-        self._num_free_blocks = limits.num_blocks if limits.num_blocks else math.inf
-        self.ends: list[tuple[float, int]] = []  # a heap of (step, blocks)
-        self.num_held = 0
+    def __init__(self, limits: Limits, held: list[tuple[int, float]]) -> None:
+        """`held` are blocks, and steps that are left, of those that run: each has its lane,
+        whatever the limits say."""
+        self._num_free = limits.max_sequences - len(held)
+        num_blocks = limits.num_blocks if limits.num_blocks else math.inf
+        self._num_free_blocks = num_blocks - sum(blocks for blocks, _ in held)
+        self._ends = [(num_steps, blocks) for blocks, num_steps in held]  # a heap
+        heapq.heapify(self._ends)
+        self.num_held = len(held)
         self._step = 0.0  # of the last start: nobody overtakes who waits for blocks
 
-    def hold(self, num_blocks: int, num_steps: float) -> None:
-        """A sequence that runs: it has its lane whatever the limits say."""
-        self.num_held += 1
-        self._take(num_blocks, num_steps)
-
-    def start(self, num_blocks: int, num_steps: float) -> float:
-        """Step at which a new sequence gets a lane and its blocks."""
-        step = self._step
-        while self.ends and (self._num_free < 1 or self._num_free_blocks < num_blocks):
-            end, freed = heapq.heappop(self.ends)
-            step = max(step, end)
-            self._num_free += 1
-            self._num_free_blocks += freed
-        self._step = step
-        self._take(num_blocks, step + num_steps)
+    def start(self, needs: Iterable[tuple[int, float]], *, is_trial: bool = False) -> float:
+        """Step at which the last of new sequences, one after the other, gets a lane and blocks."""
+        step, ends = self._step, self._ends.copy() if is_trial else self._ends
+        num_free, num_free_blocks = self._num_free, self._num_free_blocks
+        for num_blocks, num_steps in needs:
+            while ends and (num_free < 1 or num_free_blocks < num_blocks):
+                end, freed = heapq.heappop(ends)
+                if end > step:
+                    step = end
+                num_free += 1
+                num_free_blocks += freed
+            num_free -= 1
+            num_free_blocks -= num_blocks
+            heapq.heappush(ends, (step + num_steps, num_blocks))
+        if not is_trial:
+            self._step = step
+            self._num_free, self._num_free_blocks = num_free, num_free_blocks
         return step
-
-    def _take(self, num_blocks: int, end: float) -> None:
-        self._num_free -= 1
-        self._num_free_blocks -= num_blocks
-        heapq.heappush(self.ends, (end, num_blocks))
 
 
 def _prefill_s(num_tokens: float, num_decoding: int, costs: Costs, limits: Limits) -> float:
@@ -205,9 +237,10 @@ def _expected_output(
 
 def _needs(seq: OpenSequence, costs: Costs, limits: Limits) -> tuple[int, float]:
     """The blocks that a sequence will have at its end, and the steps until then."""
-    total = _expected_output(seq.max_tokens, seq.ignore_eos, seq.num_output_tokens, costs)
-    num_steps = max(1.0, (total - seq.num_output_tokens) / costs.tokens_per_step)
-    return _num_blocks(seq.num_prompt_tokens + total, limits), num_steps
+    num_sofar = seq.num_output_tokens
+    total = _expected_output(seq.max_tokens, seq.ignore_eos, num_sofar, costs)
+    num_steps = (total - num_sofar) / costs.tokens_per_step
+    return _num_blocks(seq.num_prompt_tokens + total, limits), num_steps if num_steps > 1 else 1.0
 
 
 def _num_blocks(num_tokens: float, limits: Limits) -> int:

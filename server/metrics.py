@@ -45,8 +45,9 @@ class Metrics:
             ("model_name", "reason"),
             registry=self.registry,
         )
+        self._decisions_by_reason: dict[str, Counter] = {}
         for reason in ("admitted", "queue_full", "ttft_too_late", "deadline_too_short", "shed"):
-            self._decisions.labels(model_name, reason)
+            self._count_of(reason)
         self._finished = Counter(
             "fulcrum_requests",
             "Sequences ended, by finish reason.",
@@ -88,9 +89,17 @@ class Metrics:
         return generate_latest(self.registry)
 
     def observe_decision(self, reason: str, num_sequences: int) -> None:
-        self._decisions.labels(self._model_name, reason).inc(num_sequences)
+        self._count_of(reason).inc(num_sequences)
         if reason not in ("admitted", "too_many_sequences", "deadline_expired"):
             self.rejected.inc(num_sequences)
+
+    def _count_of(self, reason: str) -> Counter:
+        """The counter of one reason: to look it up in its parent takes a lock and longer."""
+        count = self._decisions_by_reason.get(reason)
+        if count is None:
+            count = self._decisions.labels(self._model_name, reason)
+            self._decisions_by_reason[reason] = count
+        return count
 
     def observe_step(self, report: StepReport) -> None:
         if report.num_step_tokens:

@@ -1,6 +1,8 @@
 """What bench.overload counts, and its own small client against a whole server."""
 
 import asyncio
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from bench.client import Outcome, Target
 from bench.load_loops import Stretch
 from bench.loopback import LoopbackClient
-from bench.overload import goodput_shares, summarize
+from bench.overload import goodput_shares, summarize, waiting_for_turns
 from server.connection import CONNECTIONS
 from tests.server.fake_engine import MODEL, FakeEngine, run, serve, wait_for
 
@@ -44,6 +46,15 @@ def test_each_overload_is_held_against_its_neighbours_and_the_median_counts() ->
     assert goodput_shares(baselines, overloads) == pytest.approx([1.0, 0.5, 0.9])
     seen = summarize({}, baselines, overloads)
     assert seen["goodput_share"] == pytest.approx(0.9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's scheduling policies")
+def test_clients_preempt_nobody_while_they_load_a_server_and_not_beyond() -> None:
+    before = os.sched_getscheduler(0)
+    assert before != os.SCHED_BATCH
+    with waiting_for_turns():
+        assert os.sched_getscheduler(0) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == before
 
 
 def test_the_small_client_reads_streams_and_refusals_on_connections_that_it_keeps() -> None:

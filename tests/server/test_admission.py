@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from server.admission import Admit, Load, Reject, admit, num_to_shed
 from server.condition import Condition
 from server.cost_model import Costs
-from server.forecast import Ask, Limits, OpenSequence, forecast
+from server.forecast import Ask, Limits, OpenSequence, Outlook, forecast
 
 LIMITS = Limits(max_sequences=4, max_queue=6)
 OK = Condition()
@@ -205,6 +205,23 @@ def test_who_waits_is_never_put_back_by_those_of_a_later_rank(
         alone = admit(wish, Load(sequences=sequences), COSTS, OK, limits)
         if sequences:
             assert admit(wish, load, COSTS, OK, limits) == alone
+
+
+@settings(max_examples=200, deadline=None)
+@given(SEQUENCES, ASKS, st.integers(0, 20))
+def test_who_is_put_ahead_counts_like_the_last_of_those_who_wait(
+    sequences: list[OpenSequence], wish: Ask, count: int
+) -> None:
+    limits = machine(400)
+    outlook = Outlook(wish.rank_s, sequences, COSTS, limits)
+    assert (
+        outlook.forecast(wish) == outlook.forecast(wish) == forecast(wish, sequences, COSTS, limits)
+    )
+    coming = OpenSequence(wish.rank_s, 60, 0, 40)
+    outlook.put_ahead(coming, count)
+    seen = outlook.forecast(wish)
+    expected = forecast(wish, [*sequences, *[coming] * count], COSTS, limits)
+    assert msgspec.structs.astuple(seen) == pytest.approx(msgspec.structs.astuple(expected))
 
 
 @settings(max_examples=200, deadline=None)

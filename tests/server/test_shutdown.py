@@ -1,6 +1,7 @@
-"""Signals, and the log of a server that runs as a process of its own."""
+"""Signals, threads, and the log of a server that runs as a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -66,6 +67,15 @@ def test_after_the_grace_time_a_stream_ends_with_an_error_event() -> None:
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert running.wait(5) == 0
         assert time.monotonic() - began_s < 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's scheduling policies")
+def test_the_event_loop_and_not_the_engine_wakes_up_without_preempting_others() -> None:
+    with process(grace_s=0) as (running, _):
+        threads = map(int, os.listdir(f"/proc/{running.pid}/task"))
+        policies = {thread: os.sched_getscheduler(thread) for thread in threads}
+        assert policies.pop(running.pid) == os.SCHED_BATCH
+        assert set(policies.values()) == {os.SCHED_OTHER}  # the engine's among them
 
 
 def test_a_second_signal_exits_at_once() -> None:
