@@ -30,7 +30,7 @@ struct Simd {
   static Vector min(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static Vector round(Vector x) { return _mm512_roundscale_ps(x, 0); }
   static Vector scale_by_exp2(Vector x, Vector n) { return _mm512_scalef_ps(x, n); }
-  static float first(Vector v) { return _mm512_cvtss_f32(v); }
+  static float first(Vector v) { return _mm_cvtss_f32(_mm512_castps512_ps128(v)); }
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
   static float max_of(Vector v) { return _mm512_reduce_max_ps(v); }
   static Vector load_bf16(const uint16_t* p) {
