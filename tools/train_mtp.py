@@ -129,7 +129,7 @@ def _train(
     import torch
 
     from tools.mtp.dataset import AnswerSet
-    from tools.mtp.export import write_head
+    from tools.mtp.export import load_weights, write_head
     from tools.mtp.target import new_module, read_embedding, read_head_rows
     from tools.mtp.train import Trainer, TrainSettings
 
@@ -143,12 +143,15 @@ def _train(
     held_out.load(work / "held_out")
     counts = answers.token_counts(spec.vocab_size)
     draft_ids = counts.topk(min(options.draft_vocab, spec.vocab_size)).indices.sort().values
+    module = new_module(spec, options.seed)
+    if options.start_from is not None:
+        load_weights(options.start_from, module, digest)
     trainer = Trainer(
-        new_module(spec, options.seed),
+        module,
         read_embedding(spec, tensors),
         read_head_rows(spec, tensors, draft_ids),
         draft_ids,
-        TrainSettings(num_rows=options.rows, seed=options.seed),
+        TrainSettings(num_rows=options.rows, matrix_lr=options.matrix_lr, seed=options.seed),
     )
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
@@ -186,6 +189,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, help="folder of answers and checkpoint (default: OUT.work)")
     add("--answer-tokens", type=_positive, default=430_000, help="to learn from (%(default)s)")
     add("--rows", type=_positive, default=1_550_000, help="to train on (%(default)s)")
+    add("--start-from", type=Path, help="head of the same model whose weights it starts from")
+    add("--matrix-lr", type=float, default=0.02, help="step size of the matrices (%(default)s)")
     add("--draft-vocab", type=_positive, default=8192, help="tokens it drafts (%(default)s)")
     add("--max-prompt-tokens", type=_positive, default=768, help="(%(default)s)")
     add("--max-answer-tokens", type=_positive, default=320, help="(%(default)s)")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
@@ -16,6 +17,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engine.checkpoint.progress import SilentProgress
+from engine.checkpoint.safetensors import read_file
 from engine.config import EngineConfig
 from engine.loader import load_model
 from engine.speculation.setup import OFF
@@ -122,6 +124,26 @@ def test_other_settings_do_not_go_on_with_what_was_begun(
     assert train_mtp.main([*arguments, "--rows", "1"]) == 0
     assert train_mtp.main([*arguments, "--rows", "1", "--seed", "2"]) == 2
     assert "was begun with seed 1, not 2; take another --work" in capsys.readouterr().err
+
+
+def test_a_head_goes_on_from_another_one(
+    model_folder: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    # Matrices do not move at a step size of 0: the second head's are the first one's.
+    assert train_mtp.main([*_arguments(model_folder, prompts, first, "1e9"), "--rows", "1"]) == 0
+    arguments = [*_arguments(model_folder, prompts, second, "1e9"), "--start-from", str(first)]
+    options = ["--work", f"{first}.work", "--rows", "2", "--matrix-lr", "0"]
+    (tmp_path / "first.work" / "checkpoint.pt").unlink()
+    assert train_mtp.main([*arguments, *options]) == 0
+    heads = [read_file(folder / "model.safetensors") for folder in (first, second)]
+    for name in ("eh_proj.weight", "mlp.down_proj.weight"):
+        np.testing.assert_array_equal(heads[0][name].floats(), heads[1][name].floats())
+
+    other = make_tiny_model(tmp_path / "other", seed=6, max_position_embeddings=MAX_MODEL_LEN)
+    arguments = _arguments(other, prompts, third, "1e9")
+    assert train_mtp.main([*arguments, "--rows", "1", "--start-from", str(first)]) == 2
+    assert "was trained for another model" in capsys.readouterr().err
 
 
 def test_without_torch_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from engine.types import SamplingParams, Submit
 from tools.mtp.prompts import PromptSet
 from tools.safetensors_writer import to_bf16
 
-NUM_CONTEXT_TOKENS = 256  # of the prompt whose hidden states are kept: what a head sees of it
+NUM_CONTEXT_TOKENS = 64  # of the prompt whose hidden states are kept: what a head sees of it
 SHARD_PROMPTS = 256
 _SAMPLED_SHARE = 0.4  # of the answers, at _TEMPERATURE; the others are greedy
 _TEMPERATURE = 0.8

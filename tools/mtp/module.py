@@ -91,7 +91,8 @@ class MtpModule(nn.Module):
     def _step(
         self, hidden: Tensor, embedded: Tensor, keys: list[Tensor], values: list[Tensor]
     ) -> Tensor:
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        both = torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
+        x = self.eh_proj(both).float()  # sums are of floats where products are of bf16
         x = x + self._attend(self.input_layernorm(x), keys, values)
         normed = self.post_attention_layernorm(x)
         gate = self.gate_proj(normed)
