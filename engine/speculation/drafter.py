@@ -59,7 +59,9 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class Chain(Protocol):
-    """What the policy sets of a drafter that goes on token by token."""
+    """What the policy sets and reads of a drafter that goes on token by token."""
 
     min_confidence: float
     """A draft ends once its tokens together are less likely than this."""
+    draft_s: float
+    """Seconds of the last call, without those of catching up with texts that it had left alone."""

@@ -142,6 +142,11 @@ class ModelDrafters:
         verified = {0} if self._num_probes % VERIFY_EVERY == 0 else set[int]()
         return Ask(name, [0], [depth], verified, num_probed=1)
 
+    def draft_s(self, name: str, measured_s: float) -> float:
+        """Seconds of a drafter's last call, as far as drafting took them."""
+        chain = self._chains.get(name)
+        return measured_s if chain is None else chain.draft_s
+
     def set_confidence(self, name: str, num_sequences: int, rate: float, price: float) -> None:
         """Have a drafter end its chains where going on would not pay; see `DepthPlanner`."""
         chain = self._chains.get(name)
