@@ -24,9 +24,15 @@ _UNKNOWN_PRIOR = 0.5  # of a position that was never measured
 # A model that reads no hidden states can catch up with any text, but not all at once: a whole
 # prompt would be a pause of several steps in every running stream. Tokens of a call, at most.
 _CATCH_UP_TOKENS = 128
+# Positions of a text that a call computes beside its drafts where it is asked in most steps. More
+# are a call of their own: they are no part of what drafting costs.
+_USUAL_POSITIONS = 10
 # A chain whose drafts together are less likely than this is not gone on with, until it is known
 # what that would cost and bring.
 _MIN_CONFIDENCE = 0.1
+
+# A sequence in a call: its place among the drafts, itself, its positions and the drafts wanted.
+_Call = tuple[int, Sequence, tuple[int, int], int]
 
 
 class ChainDrafter:
@@ -55,7 +61,7 @@ class ChainDrafter:
         self.name = name
         self.max_drafts = max_drafts
         self.min_confidence = _MIN_CONFIDENCE
-        self.num_caught_up = 0
+        self.draft_s = 0.0
         missing = max_drafts - len(position_priors)
         self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)
         self._block_size = model.block_size
@@ -81,29 +87,42 @@ class ChainDrafter:
     def propose(self, sequences: Row[Sequence], max_drafts: Row[int]) -> list[Draft]:
         """Draft at most max_drafts[i] tokens for sequences[i], whose lane is written."""
         drafts = [Draft(self.name, [], [])] * len(sequences)
-        group: list[int] = []
-        num_tokens = 0
+        calls: list[_Call] = []
+        behind: list[_Call] = []
         budget = _CATCH_UP_TOKENS
-        self.num_caught_up = 0
         for index, (seq, wanted) in enumerate(zip(sequences, max_drafts, strict=True)):
             if wanted <= 0:
                 continue
             span = self._hidden_span(seq) if self._window else self._text_span(seq, budget)
             if span is None:
                 continue
-            count = span[1] - span[0]
-            budget -= count
-            self.num_caught_up += count
-            if not self._window and span[1] < len(seq.token_ids):
+            begin, end = span
+            budget -= end - begin
+            if not self._window and end < len(seq.token_ids):
                 wanted = 0  # not caught up yet
+            if end - begin > _USUAL_POSITIONS:
+                behind.append((index, seq, (begin, end - 1), 0))
+                begin = end - 1
+            calls.append((index, seq, (begin, end), min(wanted, self.max_drafts)))
+        self._run_all(behind, drafts)
+        began_s = time.perf_counter()
+        self._run_all(calls, drafts)
+        self.draft_s = time.perf_counter() - began_s
+        return drafts
+
+    def _run_all(self, calls: Row[_Call], drafts: list[Draft]) -> None:
+        """Compute in as many calls as the hidden states of a step make necessary."""
+        group: list[int] = []
+        num_tokens = 0
+        for index, seq, span, num_drafts in calls:
+            count = span[1] - span[0]
             if self._window and num_tokens + count > self._max_tokens:
                 self._run(group, drafts)
                 group, num_tokens = [], 0
-            self._write(len(group), seq, span, min(wanted, self.max_drafts))
+            self._write(len(group), seq, span, num_drafts)
             group.append(index)
             num_tokens += count
         self._run(group, drafts)
-        return drafts
 
     def time_probe(self, num_sequences: int, *, num_drafts: int, blocks: Row[int]) -> float:
         """Draft behind the first token of as many lanes; return the seconds.

@@ -63,5 +63,5 @@ class Chain(Protocol):
 
     min_confidence: float
     """A draft ends once its tokens together are less likely than this."""
-    num_caught_up: int
-    """Positions of texts that the last call had to compute before it could draft."""
+    draft_s: float
+    """Seconds of the last call, without those of catching up with texts that it had left alone."""

@@ -18,8 +18,6 @@ from engine.speculation.single_stream import SingleStep
 
 PROBE_SEQUENCES = 2
 VERIFY_EVERY = 4  # probes
-# Positions of a sequence that a call computes first where the drafter is asked in most steps.
-USUAL_CATCH_UP = 10
 
 
 @dataclass(slots=True)
@@ -144,11 +142,10 @@ class ModelDrafters:
         verified = {0} if self._num_probes % VERIFY_EVERY == 0 else set[int]()
         return Ask(name, [0], [depth], verified, num_probed=1)
 
-    def was_usual(self, name: str, num_sequences: int) -> bool:
-        """Whether a drafter's last call took what calls take. Where it is hardly asked, a probe
-        finds it far behind: were that taken for its cost, it would never be asked again."""
+    def draft_s(self, name: str, measured_s: float) -> float:
+        """Seconds of a drafter's last call, as far as drafting took them."""
         chain = self._chains.get(name)
-        return chain is None or chain.num_caught_up <= USUAL_CATCH_UP * num_sequences
+        return measured_s if chain is None else chain.draft_s
 
     def set_confidence(self, name: str, num_sequences: int, rate: float, price: float) -> None:
         """Have a drafter end its chains where going on would not pay; see `DepthPlanner`."""

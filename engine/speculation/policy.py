@@ -245,8 +245,8 @@ class SpeculationPolicy:
         self._models_s += draft_s
         longest = max(len(draft.token_ids) for draft in drafts)
         if longest:  # else it has only caught up with a prompt
-            if self.models.was_usual(ask.name, len(sequences)):
-                planner.cost.observe(len(sequences), longest, draft_s)
+            cost_s = self.models.draft_s(ask.name, draft_s)
+            planner.cost.observe(len(sequences), longest, cost_s)
             for draft, depth in zip(drafts, ask.depths, strict=True):
                 if depth == planner.max_drafts:
                     planner.add_profile(draft)

@@ -71,7 +71,7 @@ class EndingDrafter(PlantedDrafter):
     def __init__(self, clock: Clock, truth: float, call_s: float) -> None:
         super().__init__(clock, truth=(truth,), shares=(1.0,), priors=(0.5,))
         self.min_confidence = 0.1
-        self.num_caught_up = 0
+        self.draft_s = 0.0
         self.catch_up_s = 0.0
         self.call_s = call_s
         self.run_s = lambda m: 0.0
@@ -84,7 +84,8 @@ class EndingDrafter(PlantedDrafter):
             confidence *= self.truth[0]
             if confidence < self.min_confidence:
                 break
-        self._clock.now_s += length * self.call_s + self.num_caught_up * self.catch_up_s
+        self.draft_s = length * self.call_s
+        self._clock.now_s += self.draft_s + self.catch_up_s
         return [draft.truncated(length)]
 
 
@@ -127,9 +128,8 @@ def test_a_drafter_that_is_behind_when_it_is_probed_is_not_taken_for_a_dear_one(
     drafter = EndingDrafter(clock, 0.01, 0.0001)
     world = World(lambda n: 0.004 + 0.0001 * n, clock, [drafter])
     world.run(600)
+    drafter.catch_up_s = 0.005  # in each probe, since it is hardly asked
     calls = drafter.num_calls
-    # It is hardly asked: each probe meets a text that it has to catch up with, in 5 ms.
-    drafter.num_caught_up, drafter.catch_up_s = 50, 0.0001
     world.run(8000)
     assert 4 < drafter.num_calls - calls < 200
     call_s = world.policy.models.planners["mtp"].cost.times_s(1)[1]
