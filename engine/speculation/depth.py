@@ -19,6 +19,7 @@ MIN_PROFILES = 8  # fewer say less than the prior by position
 PLAN_EVERY = 16  # steps, unless the load changes
 LOAD_CHANGE = 0.25  # of the step's tokens: planned anew at once
 LEAST_ACCEPTED = 0.25
+USUAL_CONFIDENCE = 0.1  # below it, a chain of one of several sequences ends
 MARGIN = 0.03  # a depth is left only for one that is better by this much
 
 
@@ -116,11 +117,14 @@ class DepthPlanner:
     def least_confidence(self, num_sequences: int, rate: float, token_price: float) -> float:
         """How sure of its tokens a chain must be for the next one to pay.
 
-        That costs a sequence its part of another call, and a place in the step; it is accepted
+        With several sequences a call goes on for all while one of them does, and its cost is known
+        less well: a fixed bound stands for it. With one, that costs a sequence its part of another call, and a place in the step; it is accepted
         with the chain's confidence times its own.
         """
-        times_s = self.cost.times_s(num_sequences)
-        call_s = float(times_s[-1] - times_s[1]) / max(1, self.max_drafts - 1) / num_sequences
+        if num_sequences > 1:
+            return USUAL_CONFIDENCE
+        times_s = self.cost.times_s(1)
+        call_s = float(times_s[-1] - times_s[1]) / max(1, self.max_drafts - 1)
         accepted = self._acceptance.by_position()[-1]
         return (rate * call_s + token_price) / max(accepted, LEAST_ACCEPTED)
 
