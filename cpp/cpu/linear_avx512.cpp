@@ -4,7 +4,6 @@
 //
 // vpdpbusd adds four products of unsigned weights and signed activations to 32-bit sums, exactly.
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/linear_isa.h"
 #include "cpu/linear_tiles.h"
@@ -80,12 +79,6 @@ inline __attribute__((always_inline)) void dot_bytes(const uint8_t* const (&quan
   }
 }
 
-// kMagic + offset * sum: what is subtracted from the sums of products with weights that are stored
-// with an offset. All are integers below 2^24, so that the difference is exact.
-inline __attribute__((always_inline)) __m512 magic_offset(float offset, float sum) {
-  return _mm512_fmadd_ps(_mm512_set1_ps(sum), _mm512_set1_ps(offset), _mm512_set1_ps(kMagic));
-}
-
 // The int8 activations that a run reads.
 struct ActivationRows {
   ActivationRows(const Activations& x, int K, int t)
@@ -103,6 +96,15 @@ struct ActivationRows {
   const float* totals;
 };
 
+// What is subtracted from the sums of products with weights that are stored with an offset: kMagic
+// + kOffset * sum. All are integers below 2^24, so that the difference is exact.
+template <int kOffset>
+inline __attribute__((always_inline)) __m512 magic_offset(const float* sum) {
+  const __m512 magic = _mm512_set1_ps(kMagic);
+  if constexpr (kOffset == 0) return magic;
+  return _mm512_fmadd_ps(_mm512_set1_ps(*sum), _mm512_set1_ps(kOffset), magic);
+}
+
 template <int Rows, int Tiles>
 inline __attribute__((always_inline)) void store_tiles(const TileOutput& out,
                                                        const __m512 (&values)[Tiles][Rows]) {
@@ -116,17 +118,16 @@ inline __attribute__((always_inline)) void store_tiles(const TileOutput& out,
   }
 }
 
-// The register blocks: Rows * Tiles sums of products and as many results, and what a step needs.
-struct IntegerBlocks {
+// What the integer formats share. A Format has: kOffset, of stored weights; kHasScales, whether
+// weights have scales in every group; kHasMinimum, whether they have minima beside them, too;
+// tile_bytes(K); group(tile, g), a group's quants and scales; and dot<Rows, Tiles>().
+template <typename Format>
+struct IntegerKernel {
+  // The register blocks: Rows * Tiles sums of products and as many results, and what a step needs.
   static constexpr int kFewRows = 8, kBlockRows = 6, kBlockTiles = 2;
   static constexpr int few_tiles(int) { return 1; }
   static int64_t row_bytes(int K) { return padded_k(K); }
-};
-
-template <int kGroups, bool kHasMinimum>
-struct Int4Kernel : IntegerBlocks {
-  using Tile = Int4Tile<kGroups, kHasMinimum>;
-  static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
+  static int64_t tile_bytes(int K) { return Format::tile_bytes(K); }
 
   template <int Rows, int Tiles, bool kStreams>
   static void run(const uint8_t* data, int K, const Activations& activations, int t,
@@ -142,97 +143,102 @@ struct Int4Kernel : IntegerBlocks {
     }
     for (int g = 0; g < x.groups; ++g) {
       const uint8_t* quants[Tiles];
-      const Tile* tiles[Tiles];
+      const uint16_t* scales[Tiles];  // then the minima
       __m512i dots[Tiles][Rows];
 #pragma GCC unroll 2
       for (int j = 0; j < Tiles; ++j) {
-        tiles[j] = reinterpret_cast<const Tile*>(data + j * tile_stride) + g / kGroups;
-        quants[j] = tiles[j]->quants[g % kGroups];
-        prefetch<sizeof(Tile) / kGroups>(quants[j] + ahead);
+        Format::group(data + j * tile_stride, g, &quants[j], &scales[j]);
+        prefetch<Format::kGroupBytes>(quants[j] + ahead);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
       }
-      dot_nibbles<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
+      Format::template dot<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         const int index = r * x.groups + g;
         const __m512 scale = _mm512_set1_ps(x.scales[index]);
-        const __m512 magic =
-            kHasMinimum ? _mm512_set1_ps(kMagic) : magic_offset(kInt4ZeroPoint, x.sums[index]);
         const __m512 total = _mm512_set1_ps(x.totals[index]);
+        const __m512 magic = magic_offset<Format::kOffset>(x.sums + index);
 #pragma GCC unroll 2
         for (int j = 0; j < Tiles; ++j) {
           const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
-          acc[j][r] = _mm512_fmadd_ps(load_half16(tiles[j]->scales[0]), _mm512_mul_ps(scale, dot),
-                                      acc[j][r]);
-          if constexpr (kHasMinimum) {
-            acc[j][r] = _mm512_fmadd_ps(load_half16(tiles[j]->scales[1]), total, acc[j][r]);
+          if constexpr (Format::kHasScales) {
+            acc[j][r] =
+                _mm512_fmadd_ps(_mm512_mul_ps(load_half16(scales[j]), scale), dot, acc[j][r]);
+          } else {
+            acc[j][r] = _mm512_fmadd_ps(scale, dot, acc[j][r]);
+          }
+          if constexpr (Format::kHasMinimum) {
+            acc[j][r] = _mm512_fmadd_ps(load_half16(scales[j] + kTileChannels), total, acc[j][r]);
           }
         }
       }
     }
+    if constexpr (!Format::kHasScales) {
+#pragma GCC unroll 2
+      for (int j = 0; j < Tiles; ++j) {
+        const __m512 scales = _mm512_loadu_ps(
+            reinterpret_cast<const Int8ChannelTile*>(data + j * tile_stride)->scales);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_mul_ps(acc[j][r], scales);
+      }
+    }
     store_tiles<Rows, Tiles>(out, acc);
   }
 };
 
-// Quants: Int8Tile, where each group has its scales, or Int8Quants, where the tile has some.
-template <typename Quants>
-struct Int8Kernel : IntegerBlocks {
-  static constexpr bool kPerChannel = std::is_same_v<Quants, Int8Quants>;
-  static constexpr int64_t kHeaderBytes = kPerChannel ? sizeof(Int8ChannelTile) : 0;
+template <int kGroups, bool kMinimum>
+struct Int4Format {
+  using Tile = Int4Tile<kGroups, kMinimum>;
+  static constexpr int kOffset = kMinimum ? 0 : kInt4ZeroPoint;
+  static constexpr bool kHasScales = true, kHasMinimum = kMinimum;
+  static constexpr size_t kGroupBytes = sizeof(Tile) / kGroups;
+  static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
+
+  static void group(const uint8_t* tile, int g, const uint8_t** quants, const uint16_t** scales) {
+    const Tile& groups = reinterpret_cast<const Tile*>(tile)[g / kGroups];
+    *quants = groups.quants[g % kGroups];
+    *scales = groups.scales[0];
+  }
+
+  template <int Rows, int Tiles>
+  static void dot(const uint8_t* const (&quants)[Tiles], const int8_t* activations, int64_t stride,
+                  __m512i (&dots)[Tiles][Rows]) {
+    dot_nibbles<Rows, Tiles>(quants, activations, stride, dots);
+  }
+};
+
+struct Int8Format {
+  static constexpr int kOffset = 128;
+  static constexpr bool kHasScales = true, kHasMinimum = false;
+  static constexpr size_t kGroupBytes = sizeof(Int8Tile);
+  static int64_t tile_bytes(int K) { return num_groups(K) * int64_t{sizeof(Int8Tile)}; }
+
+  static void group(const uint8_t* tile, int g, const uint8_t** quants, const uint16_t** scales) {
+    const Int8Tile& of_group = reinterpret_cast<const Int8Tile*>(tile)[g];
+    *quants = of_group.quants;
+    *scales = of_group.scales;
+  }
+
+  template <int Rows, int Tiles>
+  static void dot(const uint8_t* const (&quants)[Tiles], const int8_t* activations, int64_t stride,
+                  __m512i (&dots)[Tiles][Rows]) {
+    dot_bytes<Rows, Tiles>(quants, activations, stride, dots);
+  }
+};
+
+// The scales are those of the tile, by which results are multiplied at the end.
+struct Int8ChannelFormat : Int8Format {
+  static constexpr bool kHasScales = false;
+  static constexpr size_t kGroupBytes = sizeof(Int8Quants);
   static int64_t tile_bytes(int K) {
-    return kHeaderBytes + num_groups(K) * int64_t{sizeof(Quants)};
+    return sizeof(Int8ChannelTile) + num_groups(K) * int64_t{sizeof(Int8Quants)};
   }
 
-  static __m512 factor(const Int8Tile& tile, __m512 scale) {
-    return _mm512_mul_ps(load_half16(tile.scales), scale);
-  }
-  static __m512 factor(const Int8Quants&, __m512 scale) { return scale; }
-
-  template <int Rows, int Tiles, bool kStreams>
-  static void run(const uint8_t* data, int K, const Activations& activations, int t,
-                  const TileOutput& out) {
-    const ActivationRows x(activations, K, t);
-    const int64_t tile_stride = tile_bytes(K);
-    const int64_t ahead = kStreams ? kStreamDistanceBytes : Tiles * tile_stride;
-    __m512 acc[Tiles][Rows];
-#pragma GCC unroll 2
-    for (int j = 0; j < Tiles; ++j) {
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_setzero_ps();
-    }
-    for (int g = 0; g < x.groups; ++g) {
-      const Quants* tiles[Tiles];
-      const uint8_t* quants[Tiles];
-      __m512i dots[Tiles][Rows];
-#pragma GCC unroll 2
-      for (int j = 0; j < Tiles; ++j) {
-        tiles[j] = reinterpret_cast<const Quants*>(data + j * tile_stride + kHeaderBytes) + g;
-        quants[j] = tiles[j]->quants;
-        prefetch<sizeof(Quants)>(quants[j] + ahead);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
-      }
-      dot_bytes<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const int index = r * x.groups + g;
-        const __m512 scale = _mm512_set1_ps(x.scales[index]);
-        const __m512 magic = magic_offset(128.0f, x.sums[index]);
-#pragma GCC unroll 2
-        for (int j = 0; j < Tiles; ++j) {
-          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
-          acc[j][r] = _mm512_fmadd_ps(factor(*tiles[j], scale), dot, acc[j][r]);
-        }
-      }
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < Tiles && kPerChannel; ++j) {
-      const float* scales = reinterpret_cast<const float*>(data + j * tile_stride);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) acc[j][r] = _mm512_mul_ps(acc[j][r], _mm512_loadu_ps(scales));
-    }
-    store_tiles<Rows, Tiles>(out, acc);
+  static void group(const uint8_t* tile, int g, const uint8_t** quants, const uint16_t** scales) {
+    const uint8_t* groups = tile + sizeof(Int8ChannelTile);
+    *quants = reinterpret_cast<const Int8Quants*>(groups)[g].quants;
+    *scales = nullptr;
   }
 };
 
@@ -245,13 +251,15 @@ void gemm_avx512(const PackedMatrix& w, const Activations& x, int T, float* y, i
     case Format::kFp8:
       return gemm_float_avx512(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
     case Format::kInt8:
-      return gemm_tiles<Int8Kernel<Int8Tile>>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+      return gemm_tiles<IntegerKernel<Int8Format>>(w, x, T, y, ld_y, tile_begin, tile_end,
+                                                   accumulate);
     case Format::kInt8Channel:
-      return gemm_tiles<Int8Kernel<Int8Quants>>(w, x, T, y, ld_y, tile_begin, tile_end, accumulate);
+      return gemm_tiles<IntegerKernel<Int8ChannelFormat>>(w, x, T, y, ld_y, tile_begin, tile_end,
+                                                          accumulate);
     default:
       return with_int4(w.format, [&]<int kGroups, bool kHasMinimum>() {
-        gemm_tiles<Int4Kernel<kGroups, kHasMinimum>>(w, x, T, y, ld_y, tile_begin, tile_end,
-                                                     accumulate);
+        gemm_tiles<IntegerKernel<Int4Format<kGroups, kHasMinimum>>>(w, x, T, y, ld_y, tile_begin,
+                                                                    tile_end, accumulate);
       });
   }
 }
