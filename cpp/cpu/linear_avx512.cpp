@@ -96,14 +96,13 @@ struct ActivationRows {
   const float* totals;
 };
 
-// Where the sums of products of a row's group begin: at 0 or, where weights are stored with an
-// offset of 2^kOffsetBits, at what makes up for it. Not by the units that multiply: the kernels
-// are bound by them.
-template <int kOffsetBits>
-inline __attribute__((always_inline)) __m512i first_dot(const float* sum) {
-  if constexpr (kOffsetBits == 0) return magic_bits();
-  const __m512i integer = _mm512_cvtps_epi32(_mm512_set1_ps(*sum));
-  return _mm512_sub_epi32(magic_bits(), _mm512_slli_epi32(integer, kOffsetBits));
+// What is subtracted from the sums of products with weights that are stored with an offset: kMagic
+// + kOffset * sum. All are integers below 2^24, so that the difference is exact.
+template <int kOffset>
+inline __attribute__((always_inline)) __m512 magic_offset(const float* sum) {
+  const __m512 magic = _mm512_set1_ps(kMagic);
+  if constexpr (kOffset == 0) return magic;
+  return _mm512_fmadd_ps(_mm512_set1_ps(*sum), _mm512_set1_ps(kOffset), magic);
 }
 
 template <int Rows, int Tiles>
@@ -119,7 +118,7 @@ inline __attribute__((always_inline)) void store_tiles(const TileOutput& out,
   }
 }
 
-// What the integer formats share. A Format has: kOffsetBits, see first_dot; kHasScales, whether
+// What the integer formats share. A Format has: kOffset, of stored weights; kHasScales, whether
 // weights have scales in every group; kHasMinimum, whether they have minima beside them, too;
 // tile_bytes(K); group(tile, g), a group's quants and scales; and dot<Rows, Tiles>().
 template <typename Format>
@@ -150,12 +149,8 @@ struct IntegerKernel {
       for (int j = 0; j < Tiles; ++j) {
         Format::group(data + j * tile_stride, g, &quants[j], &scales[j]);
         prefetch<Format::kGroupBytes>(quants[j] + ahead);
-      }
 #pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const __m512i first = first_dot<Format::kOffsetBits>(x.sums + r * x.groups + g);
-#pragma GCC unroll 2
-        for (int j = 0; j < Tiles; ++j) dots[j][r] = first;
+        for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
       }
       Format::template dot<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
 #pragma GCC unroll 8
@@ -163,12 +158,13 @@ struct IntegerKernel {
         const int index = r * x.groups + g;
         const __m512 scale = _mm512_set1_ps(x.scales[index]);
         const __m512 total = _mm512_set1_ps(x.totals[index]);
+        const __m512 magic = magic_offset<Format::kOffset>(x.sums + index);
 #pragma GCC unroll 2
         for (int j = 0; j < Tiles; ++j) {
-          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), _mm512_set1_ps(kMagic));
+          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
           if constexpr (Format::kHasScales) {
             acc[j][r] =
-                _mm512_fmadd_ps(load_half16(scales[j]), _mm512_mul_ps(scale, dot), acc[j][r]);
+                _mm512_fmadd_ps(_mm512_mul_ps(load_half16(scales[j]), scale), dot, acc[j][r]);
           } else {
             acc[j][r] = _mm512_fmadd_ps(scale, dot, acc[j][r]);
           }
@@ -194,8 +190,7 @@ struct IntegerKernel {
 template <int kGroups, bool kMinimum>
 struct Int4Format {
   using Tile = Int4Tile<kGroups, kMinimum>;
-  static constexpr int kOffsetBits = kMinimum ? 0 : 3;
-  static_assert(kInt4ZeroPoint == 1 << 3);
+  static constexpr int kOffset = kMinimum ? 0 : kInt4ZeroPoint;
   static constexpr bool kHasScales = true, kHasMinimum = kMinimum;
   static constexpr size_t kGroupBytes = sizeof(Tile) / kGroups;
   static int64_t tile_bytes(int K) { return int4_bytes<Tile, kGroups>(K); }
@@ -214,7 +209,7 @@ struct Int4Format {
 };
 
 struct Int8Format {
-  static constexpr int kOffsetBits = 7;
+  static constexpr int kOffset = 128;
   static constexpr bool kHasScales = true, kHasMinimum = false;
   static constexpr size_t kGroupBytes = sizeof(Int8Tile);
   static int64_t tile_bytes(int K) { return num_groups(K) * int64_t{sizeof(Int8Tile)}; }
