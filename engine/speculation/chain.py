@@ -100,7 +100,8 @@ class ChainDrafter:
             budget -= end - begin
             if not self._window and end < len(seq.token_ids):
                 wanted = 0  # not caught up yet
-            if end - begin > _USUAL_POSITIONS:
+            # Of several sequences some are behind in most calls: it belongs to their cost.
+            if end - begin > _USUAL_POSITIONS and len(sequences) == 1:
                 behind.append((index, seq, (begin, end - 1), 0))
                 begin = end - 1
             calls.append((index, seq, (begin, end), min(wanted, self.max_drafts)))

@@ -16,7 +16,11 @@ GUESSED_RUN_SHARE = 0.08
 
 
 class DraftCost:
-    """Seconds of a drafter's call, by the number of sequences and of tokens in its longest draft"""
+    """Seconds of a drafter's call by the number of sequences and of drafts.
+
+    Of one sequence these are the tokens that it drafted, since its chain may end early; of several
+    the most that one of them was asked for: the call goes on while one of their chains does.
+    """
 
     def __init__(self, step: CostCurve, max_sequences: int, max_drafts: int) -> None:
         self._step = step
@@ -32,7 +36,7 @@ class DraftCost:
         return self._curves[num_drafts - 1]
 
     def observe(self, num_sequences: int, num_drafts: int, draft_s: float) -> None:
-        """Take in the time of one call that drafted so many tokens for one of its sequences."""
+        """Take in the time of one call."""
         self._curves[min(num_drafts, self._max_drafts) - 1].observe(num_sequences, draft_s)
         self._num_observed += 1
         if self._num_observed % REBUILD_EVERY == 0 or self._num_observed <= SOON:

@@ -40,7 +40,7 @@ class DepthPlanner:
         self._lengths = np.zeros(NUM_PROFILES, np.intp)  # of these drafts: a chain may end early
         self._num_profiles = 0
         self._new: list[Draft] = []  # not among them yet
-        self._draft_times_s: dict[int, FloatArray] = {}  # since a plan was last due
+        self._draft_times_s: FloatArray | None = None  # of one sequence, since a plan was last due
         self._calls_left = 0
         self._mean_gains: FloatArray = np.zeros(acceptance.max_drafts)
         self._gains_left = 0
@@ -52,7 +52,7 @@ class DepthPlanner:
         change = abs(base_tokens - self._planned_tokens)
         is_due = self._calls_left <= 0 or change > LOAD_CHANGE * self._planned_tokens
         if is_due:
-            self._draft_times_s.clear()
+            self._draft_times_s = None
             self._gains_left = 0
         return is_due
 
@@ -97,29 +97,25 @@ class DepthPlanner:
         self._new.clear()
 
     def draft_times_s(self, num_sequences: int) -> FloatArray:
-        """Seconds of a call by the number of drafts asked for, 0 … max_drafts: chains that end
-        early take less than that many tokens."""
-        known_s = self._draft_times_s.get(num_sequences)
-        if known_s is not None:
-            return known_s
-        self._take_in_new()
+        """Seconds of a call by the number of drafts asked for, 0 … max_drafts."""
         times_s = self.cost.times_s(num_sequences)
-        if self._num_profiles >= MIN_PROFILES:
-            lengths = self._lengths[: min(self._num_profiles, NUM_PROFILES)]
-            if num_sequences > 1:  # a call takes as long as its longest chain
-                count = min(num_sequences, len(lengths))
-                lengths = lengths[: len(lengths) // count * count].reshape(-1, count).max(axis=1)
-            reached = np.minimum(lengths[:, None], np.arange(self.max_drafts + 1))
-            times_s = times_s[reached].mean(axis=0)
-        self._draft_times_s[num_sequences] = times_s
-        return times_s
+        if num_sequences > 1:
+            return times_s
+        if self._draft_times_s is None:
+            self._take_in_new()
+            if self._num_profiles >= MIN_PROFILES:  # a chain that ends early takes less
+                lengths = self._lengths[: min(self._num_profiles, NUM_PROFILES)]
+                reached = np.minimum(lengths[:, None], np.arange(self.max_drafts + 1))
+                times_s = times_s[reached].mean(axis=0)
+            self._draft_times_s = times_s
+        return self._draft_times_s
 
     def least_confidence(self, num_sequences: int, rate: float, token_price: float) -> float:
         """How sure of its tokens a chain must be for the next one to pay.
 
         With several sequences a call goes on for all while one of them does, and its cost is known
-        less well: a fixed bound stands for it. With one, that costs a sequence its part of another call, and a place in the step; it is accepted
-        with the chain's confidence times its own.
+        less well: a fixed bound stands for it. With one, the next token costs a part of the call
+        and a place in the step; it is accepted with the chain's confidence times its own.
         """
         if num_sequences > 1:
             return USUAL_CONFIDENCE

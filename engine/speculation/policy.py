@@ -245,8 +245,10 @@ class SpeculationPolicy:
         self._models_s += draft_s
         longest = max(len(draft.token_ids) for draft in drafts)
         if longest:  # else it has only caught up with a prompt
-            cost_s = self.models.draft_s(ask.name, draft_s)
-            planner.cost.observe(len(sequences), longest, cost_s)
+            if len(sequences) == 1:
+                planner.cost.observe(1, longest, self.models.draft_s(ask.name, draft_s))
+            else:
+                planner.cost.observe(len(sequences), max(ask.depths), draft_s)
             for draft, depth in zip(drafts, ask.depths, strict=True):
                 if depth == planner.max_drafts:
                     planner.add_profile(draft)

@@ -95,7 +95,7 @@ PARAMS = {
 
 
 @pytest.mark.parametrize("name", PARAMS)
-@pytest.mark.parametrize("num_kv_blocks", [None, 70], ids=["roomy", "preempting"])
+@pytest.mark.parametrize("num_kv_blocks", [None, 66], ids=["roomy", "preempting"])
 def test_the_text_is_that_without_drafts(
     model: LoadedModel, name: str, num_kv_blocks: int | None
 ) -> None:
