@@ -21,15 +21,16 @@ MIXED_STEP_TOKENS = 128
 MIN_MIXED_CHUNK = 40
 
 
-def mixed_chunk(num_decoding: int) -> int:
+def mixed_chunk(num_open: int, num_decoding: int) -> int:
     """Tokens of prompts that a step may compute beside sequences that decode.
 
-    So many take about as long as two steps without them: decoding waits for the weights' memory,
-    which 16 tokens of a prompt wait for as well, and costs as much as 1.5 prompt tokens for each
-    sequence (int4 weights on AVX-512 VNNI: 2 ms, 0.23 ms and 0.34 ms). Gaps between tokens thus
-    stay within about three times their median.
+    Beside num_open decoding ones, so many take about as long as two steps without them: decoding
+    waits for the weights' memory, which 16 tokens of a prompt wait for as well, and costs as much
+    as 1.5 prompt tokens for each sequence (int4 weights on AVX-512 VNNI: 2 ms, 0.23 ms and 0.34
+    ms). Gaps between tokens thus stay within a few times their median; and where many have yet to
+    start, they need not wait for the few that have.
     """
-    most = min(16 + 3 * num_decoding, MIXED_STEP_TOKENS - num_decoding)
+    most = min(16 + 3 * num_open, MIXED_STEP_TOKENS - num_decoding)
     return max(most, MIN_MIXED_CHUNK)
 
 
@@ -241,7 +242,8 @@ class Scheduler:
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
         if num_decoding or self.is_beside_decoding:
-            budget = min(budget, mixed_chunk(num_decoding))
+            num_open = len(running) + len(self._waiting)
+            budget = min(budget, mixed_chunk(num_open, num_decoding))
         block_size = self._block_size
         index = 0
         while index < len(running):

@@ -207,7 +207,7 @@ def _prefill_s(num_tokens: float, num_decoding: int, costs: Costs, limits: Limit
         return 0.0
     chunk = limits.max_step_tokens
     if num_decoding:
-        chunk = min(chunk, mixed_chunk(num_decoding))
+        chunk = min(chunk, mixed_chunk(num_decoding, num_decoding))
     num_full, rest = divmod(num_tokens, chunk)
     num_beside = num_decoding * costs.verified_per_step
     full_s = num_full * costs.step_s(chunk + num_beside) if num_full else 0.0
@@ -219,7 +219,7 @@ def _steady_tokens(num_decoding: int, costs: Costs) -> float:
     num_steps = costs.mean_output_tokens / costs.tokens_per_step
     per_sequence = costs.mean_prompt_tokens * costs.uncached_share / num_steps
     num_drafts = num_decoding * (costs.verified_per_step - 1)
-    most = num_decoding + mixed_chunk(int(num_decoding))
+    most = num_decoding + mixed_chunk(num_decoding, num_decoding)
     mixed = min(num_decoding * (1 + per_sequence), most)
     return mixed + num_drafts
 

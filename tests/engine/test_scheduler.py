@@ -451,7 +451,7 @@ def test_a_long_prompt_is_computed_in_short_steps_only_while_others_decode() -> 
     for _ in range(3):
         plan = scheduler.schedule()
         sizes = {seq.seq_id: count for seq, count in plan.entries}
-        assert sizes == {0: 1, 1: mixed_chunk(1)}
+        assert sizes == {0: 1, 1: mixed_chunk(2, 1)}
         scheduler.commit(plan, SampledRows([0, 1, 1], [1], none[0], none.astype(np.int32), none))
     scheduler.abort(0)
     assert [count for _, count in scheduler.schedule().entries] == [512]
