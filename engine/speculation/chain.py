@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from engine.lanes import Float32Array, Lanes
 from engine.sequence import Sequence
-from engine.speculation.drafter import Draft
+from engine.speculation.drafter import USUAL_CONFIDENCE, Draft
 
 # Classes of a draft's own probability, on which its acceptance depends.
 _CLASS_BOUNDS = (0.08, 0.16, 0.26, 0.38, 0.5, 0.62, 0.74, 0.84, 0.92, 0.97)
@@ -27,9 +27,6 @@ _CATCH_UP_TOKENS = 128
 # Positions of a text that a call computes beside its drafts where it is asked in most steps. More
 # are a call of their own: they are no part of what drafting costs.
 _USUAL_POSITIONS = 10
-# A chain whose drafts together are less likely than this is not gone on with, until it is known
-# what that would cost and bring.
-_MIN_CONFIDENCE = 0.1
 
 # A sequence in a call: its place among the drafts, itself, its positions and the drafts wanted.
 _Call = tuple[int, Sequence, tuple[int, int], int]
@@ -60,7 +57,7 @@ class ChainDrafter:
         num_lanes = len(lanes.tokens)
         self.name = name
         self.max_drafts = max_drafts
-        self.min_confidence = _MIN_CONFIDENCE
+        self.min_confidence = USUAL_CONFIDENCE
         self.draft_s = 0.0
         missing = max_drafts - len(position_priors)
         self.position_priors = (*position_priors, *(_UNKNOWN_PRIOR,) * missing)

@@ -10,7 +10,7 @@ from engine.speculation.acceptance import Acceptance
 from engine.speculation.candidates import StepDrafts
 from engine.speculation.cost_curve import FloatArray
 from engine.speculation.costs import Costs
-from engine.speculation.drafter import Draft
+from engine.speculation.drafter import USUAL_CONFIDENCE, Draft
 from engine.speculation.plan import keep_or_change, rates_by_depth
 
 NUM_PROFILES = 128
@@ -19,7 +19,6 @@ MIN_PROFILES = 8  # fewer say less than the prior by position
 PLAN_EVERY = 16  # steps, unless the load changes
 LOAD_CHANGE = 0.25  # of the step's tokens: planned anew at once
 LEAST_ACCEPTED = 0.25
-USUAL_CONFIDENCE = 0.1  # below it, a chain of one of several sequences ends
 MARGIN = 0.03  # a depth is left only for one that is better by this much
 
 
@@ -98,10 +97,10 @@ class DepthPlanner:
 
     def draft_times_s(self, num_sequences: int) -> FloatArray:
         """Seconds of a call by the number of drafts asked for, 0 … max_drafts."""
-        times_s = self.cost.times_s(num_sequences)
         if num_sequences > 1:
-            return times_s
+            return self.cost.times_s(num_sequences)
         if self._draft_times_s is None:
+            times_s = self.cost.times_s(1)
             self._take_in_new()
             if self._num_profiles >= MIN_PROFILES:  # a chain that ends early takes less
                 lengths = self._lengths[: min(self._num_profiles, NUM_PROFILES)]

@@ -57,6 +57,10 @@ class Drafter(Protocol):
         ...
 
 
+# A chain whose tokens together are less likely than this ends, where it is not known better.
+USUAL_CONFIDENCE = 0.1
+
+
 @runtime_checkable
 class Chain(Protocol):
     """What the policy sets and reads of a drafter that goes on token by token."""

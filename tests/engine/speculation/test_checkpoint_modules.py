@@ -185,7 +185,7 @@ def drafts_of(folder: Path, prompt: list[int]) -> tuple[list[int], list[int]]:
 def test_drafts_are_those_of_the_reference(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chain, "_MIN_CONFIDENCE", 0.0)  # a random module is never sure
+    monkeypatch.setattr(chain, "USUAL_CONFIDENCE", 0.0)  # a random module is never sure
     monkeypatch.setattr(mtp, "_FORMAT", "int8")  # what is compared is the layout, not the rounding
     reference = Reference(tmp_path, case)
     num_best = 0
