@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import uvloop
 from aiohttp import web
@@ -87,6 +88,9 @@ async def _serve(
     )
     await runner.setup()
     _wait_for_turns()
+    # Threads inherit the policy of those that start them; this one is the event loop's alone.
+    executor = ThreadPoolExecutor(thread_name_prefix="aside", initializer=_take_turns)
+    asyncio.get_running_loop().set_default_executor(executor)
     try:
         for bound in sockets:
             await Site(runner, bound).start()
@@ -112,6 +116,13 @@ def _wait_for_turns() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _take_turns() -> None:
+    """Have a thread, and those that it starts as an apply does, compute as the engine's do."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _on_signals() -> asyncio.Event:

@@ -71,7 +71,8 @@ def test_after_the_grace_time_a_stream_ends_with_an_error_event() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's scheduling policies")
 def test_the_event_loop_and_not_the_engine_wakes_up_without_preempting_others() -> None:
-    with process(grace_s=0) as (running, _):
+    with process(grace_s=0) as (running, address):
+        assert httpx.get(address).is_success  # the page is read by a thread that starts now
         threads = map(int, os.listdir(f"/proc/{running.pid}/task"))
         policies = {thread: os.sched_getscheduler(thread) for thread in threads}
         assert policies.pop(running.pid) == os.SCHED_BATCH
