@@ -1,6 +1,6 @@
 """Decides whether a request may enter: a pure function of load, device condition and limits.
 
-The gate calls it, once before the prompt is encoded and once when its length is known.
+The gate calls it before a long prompt is encoded, and when the length of any is known.
 """
 
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 import asyncio
 import contextlib
 import logging
-import random
-import re
 import time
 from collections.abc import AsyncIterator
 
@@ -15,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from server import (
+    access,
     auth,
     chat,
     completions,
@@ -42,14 +41,13 @@ from server.http import (
     too_large,
 )
 from server.metrics import Metrics
+from server.overload import OVERLOAD, Overload
 from server.served import ServedModel
 from server.telemetry.poller import Poller
 
 logger = logging.getLogger("fulcrum")
-access_logger = logging.getLogger("fulcrum.access")
 
 _WATCH_INTERVAL_S = 0.5
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def create_app(
@@ -91,6 +89,7 @@ def create_app(
         stale_s=settings.health_stale_s,
         stuck_s=settings.stuck_step_s,
     )
+    app[OVERLOAD] = Overload(app[CLIENT], model, settings)
     app.on_response_prepare.append(_set_request_id)
     app.cleanup_ctx.append(_telemetry)
     app.cleanup_ctx.append(_engine)
@@ -158,10 +157,7 @@ async def _set_request_id(request: web.Request, response: web.StreamResponse) ->
 async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Outermost: a request id, errors in OpenAI's envelope, one line in the access log."""
     began_s = time.monotonic()
-    given_id = request.headers.get("x-request-id", "")
-    if not _REQUEST_ID.fullmatch(given_id):
-        given_id = f"req_{random.getrandbits(128):032x}"
-    request[REQUEST_ID] = given_id
+    request[REQUEST_ID] = request_id = access.request_id(request.headers)
     status = 499  # nginx's number for a client that went away
     try:
         response = await _guarded(request, handler)
@@ -169,7 +165,10 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
             status = response.status
     finally:
         if not auth.is_open(request.path):
-            _log_access(request, status, time.monotonic() - began_s)
+            duration_s = time.monotonic() - began_s
+            access.log(
+                request.method, request.path, status, duration_s, request_id, request.get(USAGE)
+            )
     return response
 
 
@@ -208,25 +207,3 @@ def _error_response(error: ApiError) -> web.Response:
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response
-
-
-def _log_access(request: web.Request, status: int, duration_s: float) -> None:
-    usage = request.get(USAGE)
-    access_logger.info(
-        "%s %s %d %.1f ms",
-        request.method,
-        request.path,
-        status,
-        duration_s * 1000,
-        extra={
-            "fields": {
-                "method": request.method,
-                "path": request.path,
-                "status": status,
-                "duration_ms": round(duration_s * 1000, 1),
-                "request_id": request[REQUEST_ID],
-                "prompt_tokens": usage.prompt_tokens if usage else None,
-                "completion_tokens": usage.completion_tokens if usage else None,
-            }
-        },
-    )

@@ -33,20 +33,16 @@ _ROLES = ("system", "developer", "user", "assistant")
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    raw = await read_body(request)
-    body = protocol.decode(_DECODER, raw)
-    model = request.app[MODEL]
-    check_model(model, body.model)
-    _check_fields(body)
-    check_drafter(model, body.fulcrum)
-    stops = stop_strings(body.stop)
-    generation = request.app[CLIENT].open(arrival(request, raw, body), num_choices(body.n))
+    raw, model = await read_body(request), request.app[MODEL]
+    body, num_sequences = read(raw, model)
+    arrived = arrival(request.headers, request.remote, raw, body)
+    generation = request.app[CLIENT].open(arrived, num_sequences)
     try:
         prompt = await encode_messages(model, body.messages, len(raw))
         params = _params(body, model, len(prompt))
         seeded = body.seed is not None
-        choices = [for_choice(params, i, seeded=seeded) for i in range(num_choices(body.n))]
-        generation.submit([prompt], [choices], stops=stops, options=body.fulcrum)
+        choices = [for_choice(params, i, seeded=seeded) for i in range(num_sequences)]
+        generation.submit([prompt], [choices], stops=stop_strings(body.stop), options=body.fulcrum)
         if body.stream:
             framer = ChatFramer(body, model, generation)
             return await stream_events(request, generation, framer)
@@ -56,6 +52,17 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     finally:
         generation.close()
         request[USAGE] = generation.usage()
+
+
+def read(raw: bytes, model: ServedModel) -> tuple[ChatCompletionRequest, int]:
+    """The request and how many sequences it asks for; raises a 400 or 404 where that shows
+    without its prompt's ids."""
+    body = protocol.decode(_DECODER, raw)
+    check_model(model, body.model)
+    _check_fields(body)
+    check_drafter(model, body.fulcrum)
+    stop_strings(body.stop)
+    return body, num_choices(body.n)
 
 
 async def encode_messages(

@@ -33,20 +33,14 @@ _DECODER = msgspec.json.Decoder(CompletionRequest)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    raw = await read_body(request)
-    body = protocol.decode(_DECODER, raw)
-    model = request.app[MODEL]
-    check_model(model, body.model)
-    _check_fields(body)
-    check_drafter(model, body.fulcrum)
-    stops = stop_strings(body.stop)
-    num_per_prompt = num_choices(body.n)
-    num_sequences = num_prompts(body.prompt) * num_per_prompt
-    generation = request.app[CLIENT].open(arrival(request, raw, body), num_sequences)
+    raw, model = await read_body(request), request.app[MODEL]
+    body, num_sequences = read(raw, model)
+    arrived = arrival(request.headers, request.remote, raw, body)
+    generation = request.app[CLIENT].open(arrived, num_sequences)
     try:
         texts_or_ids = await run_sized(len(raw), lambda: split_prompts(body.prompt, model))
         prompts = await run_sized(len(raw), lambda: encode_prompts(model, texts_or_ids))
-        seeded = body.seed is not None
+        seeded, num_per_prompt = body.seed is not None, num_choices(body.n)
         choices: list[list[SamplingParams]] = []
         for prompt in prompts:
             params = _params(body, model, len(prompt))
@@ -61,7 +55,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
         generation.submit(
             prompts,
             choices,
-            stops=stops,
+            stops=stop_strings(body.stop),
             hide_output=body.max_tokens == 0,
             options=body.fulcrum,
         )
@@ -74,6 +68,17 @@ async def completions(request: web.Request) -> web.StreamResponse:
     finally:
         generation.close()
         request[USAGE] = generation.usage()
+
+
+def read(raw: bytes, model: ServedModel) -> tuple[CompletionRequest, int]:
+    """The request and how many sequences it asks for; raises a 400 or 404 where that shows
+    without its prompts' ids."""
+    body = protocol.decode(_DECODER, raw)
+    check_model(model, body.model)
+    _check_fields(body)
+    check_drafter(model, body.fulcrum)
+    stop_strings(body.stop)
+    return body, num_prompts(body.prompt) * num_choices(body.n)
 
 
 Prompt = str | list[str | int | list[int]]

@@ -11,8 +11,10 @@ import time
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http import RawRequestMessage
 
 from server.errors import ApiError
+from server.overload import OVERLOAD, Overload
 
 logger = logging.getLogger("fulcrum")
 
@@ -21,6 +23,7 @@ _KEEPALIVE_S = 75.0  # longer than the 60 s that reverse proxies keep theirs
 _LINGER_S = 5.0  # for the rest of a body that nobody wants
 # Beyond aiohttp's limits of 8190 bytes for each line and header.
 _MAX_HEADERS = 100
+_MAX_GATHERED_BYTES = 64 << 10
 
 
 class Connections(set["Connection"]):
@@ -38,11 +41,27 @@ CONNECTIONS = web.AppKey("CONNECTIONS", Connections)
 class Connection(web.RequestHandler):
     """Errors that never reach a handler have OpenAI's envelope here, too."""
 
-    __slots__ = ("_connections", "_headers_since_s", "_socket", "_stalled_since_s", "_unsent_bytes")
+    __slots__ = (
+        "_connections",
+        "_gathered",
+        "_headers_since_s",
+        "_overload",
+        "_socket",
+        "_stalled_since_s",
+        "_unsent_bytes",
+    )
 
-    def __init__(self, manager: web.Server, connections: Connections, **options: Any) -> None:
+    def __init__(
+        self,
+        manager: web.Server,
+        connections: Connections,
+        overload: Overload,
+        **options: Any,
+    ) -> None:
         super().__init__(manager, **options)
         self._connections = connections
+        self._overload = overload
+        self._gathered = b""  # received in an overload, and not looked at yet
         # Kept apart from aiohttp's `transport`, which is gone while a close waits for the reader.
         self._socket: asyncio.Transport | None = None
         self._headers_since_s: float | None = None  # since when a request has been incomplete
@@ -62,8 +81,35 @@ class Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if not data:  # aiohttp goes on with what it has received before
+            self._receive(data)
+        elif self._gathered:
+            self._gathered += data
+            if len(self._gathered) > _MAX_GATHERED_BYTES:
+                self._receive_gathered()
+        elif self._awaits_headers() and self._overload.is_on:
+            self._gathered = data
+            self._overload.gather(self._receive_gathered)
+        else:
+            self._receive(data)
+
+    def _receive_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, b""
+        if gathered and self._socket is not None:
+            self._receive(gathered)
+
+    def _receive(self, data: bytes) -> None:
         num_requests = self._request_count
-        super().data_received(data)
+        if self._awaits_headers():
+            # The task that serves the connection sleeps on, unless there is something to serve.
+            sleeping, self._waiter = self._waiter, None
+            super().data_received(data)
+            self._waiter = sleeping
+            if self._messages and not self._refuse_early(data):
+                assert sleeping is not None
+                sleeping.set_result(None)
+        else:
+            super().data_received(data)
         if self._request_count != num_requests:
             self._headers_since_s = None
         elif data and self._headers_since_s is None and self._awaits_headers():
@@ -72,6 +118,28 @@ class Connection(web.RequestHandler):
     def _awaits_headers(self) -> bool:
         """Whether what comes now is no body, not even of a request that is about to be handled."""
         return self._waiter is not None and not self._waiter.done()
+
+    def _refuse_early(self, data: bytes) -> bool:
+        """Whether the request was refused, here and now; else it is served the usual way."""
+        message = self._messages[0][0]
+        transport, parser = self.transport, self._parser
+        if (
+            len(self._messages) > 1
+            or not isinstance(message, RawRequestMessage)
+            or transport is None
+            or parser is None
+            or transport.get_write_buffer_size()  # whoever reads slowly is waited for there
+        ):
+            return False
+        remote = None if self.peername is None else str(self.peername[0])
+        response = self._overload.refusal(message, data, remote)
+        if response is None:
+            return False
+        self._messages.clear()
+        parser.message_consumed()
+        transport.write(response)
+        self._next_keepalive_close_time = self._loop.time() + _KEEPALIVE_S
+        return True
 
     def check(self, now_s: float, header_timeout_s: float, stalled_reader_s: float) -> None:
         """Close the connection if its client has been standing still for too long."""
@@ -155,12 +223,13 @@ class Site(web.SockSite):
         server = self._runner.server
         assert isinstance(server, web.Server)
         loop = asyncio.get_running_loop()
-        connections = self._app[CONNECTIONS]
+        connections, overload = self._app[CONNECTIONS], self._app[OVERLOAD]
 
         def connect() -> Connection:
             return Connection(
                 server,
                 connections,
+                overload,
                 loop=loop,
                 keepalive_timeout=_KEEPALIVE_S,
                 lingering_time=_LINGER_S,

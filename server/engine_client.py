@@ -15,13 +15,15 @@ from typing import Literal, Protocol
 from engine.speculation.report import SpeculationReport
 from engine.tokenizer.protocol import Tokenizer
 from engine.types import EngineLoad, SamplingParams, StepReport, Submit, TokenEvent
-from server.admission import Load, num_to_shed
+from server.admission import num_to_shed
 from server.errors import ApiError
-from server.forecast import Ask, OpenSequence, forecast
+from server.forecast import Ask
 from server.gate import Arrival, Gate
 from server.generation import Generation
 from server.metrics import Metrics
+from server.open_requests import OpenRequests
 from server.stream import Stream
+from server.tokens import INLINE_SIZE
 
 logger = logging.getLogger("fulcrum")
 
@@ -64,10 +66,7 @@ class EngineClient:
         self._stuck_s = stuck_s
         self._engine: EngineThread | None = None
         self._seq_ids = itertools.count(1)
-        self._streams: dict[int, tuple[Generation, Stream]] = {}
-        self._generations: set[Generation] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._open = OpenRequests(gate)
 
     # The engine's life
 
@@ -91,7 +90,7 @@ class EngineClient:
         self.draining = True
         try:
             async with asyncio.timeout(grace_s):
-                await self._idle.wait()
+                await self._open.wait_idle()
         except TimeoutError:
             self.fail_all(_shutting_down())
 
@@ -129,17 +128,17 @@ class EngineClient:
         if self._engine is not None and not self._engine.is_alive():
             # None may wait for ever.
             self.fail_all(ApiError(500, "The engine has stopped."))
-            self._streams.clear()
+            self._open.streams.clear()
         elif self.heartbeat_age_s > self._stuck_s:
             # They keep their places, and the engine its blocks, until the step comes back.
             self.fail_all(_stuck())
         self.gate.look()
-        num_too_many = num_to_shed(self._open_load(), self.gate.condition, self.gate.limits)
+        num_too_many = num_to_shed(self._open.load(), self.gate.condition, self.gate.limits)
         if num_too_many:
-            self._shed(num_too_many, above_priority=None)
+            self._open.shed(num_too_many, above_priority=None)
 
     def fail_all(self, error: ApiError) -> None:
-        for generation in list(self._generations):
+        for generation in list(self._open.generations):
             generation.fail(error)
 
     # One request
@@ -155,13 +154,30 @@ class EngineClient:
             raise self.gate.refuse("engine_stale", arrival, num_sequences)
         if self.parked_s > self.gate.limits.max_ttft_s:
             raise self.gate.refuse("applying", arrival, num_sequences)
-        ask = Ask(rank_s=arrival.rank_s, num_sequences=num_sequences, priority=arrival.priority)
-        self._make_room(ask)
-        self.gate.decide(arrival, ask, self._open_load(), is_final=False)
+        ask = arrival.ask(num_sequences)
+        self._open.make_room(ask)
+        if len(arrival.body) > INLINE_SIZE:  # less is encoded sooner than a decision is made
+            self.gate.decide(arrival, ask, self._open.load, is_final=False)
         generation = Generation(self, arrival, num_sequences)
-        self._generations.add(generation)
-        self._idle.clear()
+        self._open.add(generation)
         return generation
+
+    def turn_away(self, arrival: Arrival, num_sequences: int) -> ApiError | None:
+        """What `open` raises, of a newcomer for whom nobody else has to go; None: ask it."""
+        if (
+            self.draining
+            or self.parked_since_s is not None
+            or self.engine_state() != "ok"
+            or self._open.outranks(arrival.priority)
+            or self.gate.is_promised(arrival)
+        ):
+            return None
+        ask = arrival.ask(num_sequences)
+        try:
+            self.gate.decide(arrival, ask, self._open.load, is_final=False)
+        except ApiError as error:
+            return error
+        return None
 
     def confirm(
         self, generation: Generation, prompts: list[list[int]], choices: list[list[SamplingParams]]
@@ -180,8 +196,9 @@ class EngineClient:
             ignore_eos=choices[0][0].ignore_eos,
             priority=arrival.priority,
         )
-        load = self._open_load(without=generation)
-        seen = self.gate.decide(arrival, ask, load, is_final=True)
+        seen = self.gate.decide(
+            arrival, ask, lambda: self._open.load(without=generation), is_final=True
+        )
         return seen.ttft_s / self.gate.costs.costs.ttft_scale
 
     def next_seq_id(self) -> int:
@@ -189,86 +206,26 @@ class EngineClient:
 
     def submit(self, generation: Generation, stream: Stream, message: Submit) -> None:
         assert self._engine is not None
-        self._streams[stream.seq_id] = (generation, stream)
+        self._open.streams[stream.seq_id] = (generation, stream)
         self._metrics.prompt_tokens.inc(stream.num_prompt_tokens)
         self._engine.submit(message)
 
     def abort(self, seq_id: int) -> None:
         assert self._engine is not None
         self._engine.abort(seq_id)
+        self._open.note_end()
 
     def note_expired(self, generation: Generation) -> None:
         num_open = sum(stream.finish_reason is None for stream in generation.streams)
         self.gate.note_expired(generation.arrival, num_open + generation.num_reserved)
 
     def close(self, generation: Generation) -> None:
-        self._generations.discard(generation)
-        if not self._generations:
-            self._idle.set()
+        self._open.remove(generation)
 
     @property
     def num_open(self) -> int:
         """Sequences that hold a place; 0 when every one has been ended by the engine."""
-        return len(self._streams) + sum(one.num_reserved for one in self._generations)
-
-    # Who is in, and who has to go
-
-    def _open_load(self, without: Generation | None = None) -> Load:
-        return Load(
-            sequences=[
-                OpenSequence(
-                    generation.rank_s,
-                    stream.num_prompt_tokens,
-                    stream.num_events and max(1, stream.num_tokens),
-                    stream.max_tokens,
-                    stream.ignore_eos,
-                )
-                for generation, stream in self._streams.values()
-                if stream.finish_reason is None
-            ],
-            num_reserved=sum(
-                num_reserved
-                for generation in self._generations
-                # Nearly all have submitted what they reserved.
-                if (num_reserved := generation.num_reserved)
-                and generation is not without
-                and not generation.has_failed
-            ),
-        )
-
-    def _make_room(self, ask: Ask) -> None:
-        """Shed waiting requests of lower priority where they keep `ask` or its own bound out."""
-        if all(one.arrival.priority <= ask.priority for one in self._generations):
-            return
-        condition = self.gate.condition
-        load, limits = self._open_load(), self.gate.limits.scaled(condition.factor)
-        if condition.status == "draining" or ask.num_sequences > limits.capacity:
-            return  # it is refused in any case
-        num_missing = load.num_open + ask.num_sequences - limits.capacity
-        # Those that are overtaken wait longer: as many go as come in, once the last is too late.
-        last = Ask(rank_s=max((seq.rank_s for seq in load.sequences), default=0.0))
-        if forecast(last, load.sequences, self.gate.costs.costs, limits).ttft_s > limits.max_ttft_s:
-            num_missing = max(num_missing, ask.num_sequences)
-        if num_missing > 0:
-            self._shed(num_missing, above_priority=ask.priority)
-
-    def _shed(self, num_sequences: int, *, above_priority: int | None) -> None:
-        """End waiting requests, the lowest priority and then the youngest first, until so many
-        sequences are gone."""
-        waiting = [
-            generation
-            for generation in self._generations
-            if generation.is_waiting
-            and (above_priority is None or generation.arrival.priority > above_priority)
-        ]
-        waiting.sort(key=lambda one: (one.arrival.priority, one.arrival.arrived_at_s))
-        costs, limits = self.gate.costs.costs, self.gate.limits
-        while num_sequences > 0 and waiting:
-            generation = waiting.pop()
-            count = generation.num_reserved + len(generation.streams)
-            work_s = forecast(Ask(rank_s=0, num_sequences=count), (), costs, limits).work_s
-            generation.fail(self.gate.shed(generation.arrival, count, work_s))
-            num_sequences -= count
+        return self._open.num_sequences
 
     # The engine's reports
 
@@ -281,7 +238,7 @@ class EngineClient:
         if report.num_step_tokens:
             self._learn_step(report)
         for event in report.events:
-            entry = self._streams.get(event.seq_id)
+            entry = self._open.streams.get(event.seq_id)
             if entry is None:
                 continue
             generation, stream = entry
@@ -316,7 +273,7 @@ class EngineClient:
             costs.observe_decode(report.num_decoding, report.num_emitted, num_verified)
 
     def _end(self, stream: Stream, event: TokenEvent, now_s: float) -> None:
-        del self._streams[stream.seq_id]
+        self._open.end(stream.seq_id)
         duration_s = now_s - stream.submitted_s
         reason = stream.finish_reason or event.finish_reason or "error"
         if reason in ("stop", "length") and stream.num_tokens:

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
+from collections.abc import Mapping
 
 import msgspec
 from aiohttp import web
@@ -81,7 +82,9 @@ async def read_body(request: web.Request) -> bytes:
     return bytes(body)
 
 
-def arrival(request: web.Request, raw: bytes, body: GenerationRequest) -> Arrival:
+def arrival(
+    headers: Mapping[str, str], remote: str | None, raw: bytes, body: GenerationRequest
+) -> Arrival:
     """What admission asks of a request; raises a 400 for a priority or time-out out of range."""
     priority = body.priority or 0
     if abs(priority) > _MAX_PRIORITY:
@@ -92,8 +95,8 @@ def arrival(request: web.Request, raw: bytes, body: GenerationRequest) -> Arriva
         raise invalid("timeout", f"'timeout' must be above 0 and at most {_MAX_TIMEOUT_S} seconds.")
     # Who honours a Retry-After with a call of its own gives it another x-request-id, and counts
     # attempts anew.
-    attempt = request.headers.get("x-stainless-retry-count")
-    sender = (request.remote, request.headers.get("Authorization"))
+    attempt = headers.get("x-stainless-retry-count")
+    sender = (remote, headers.get("Authorization"))
     return Arrival(
         sender=hashlib.blake2b(repr(sender).encode(), digest_size=16).hexdigest(),
         body=raw,

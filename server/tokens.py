@@ -9,7 +9,7 @@ from engine.tokenizer.protocol import Tokenizer
 T = TypeVar("T")
 
 # Less takes less time than the hand-over to a thread and back.
-_INLINE_SIZE = 2000
+INLINE_SIZE = 2000
 CHARS_PER_LOGPROB = 100  # of a rendered position, roughly
 
 
@@ -18,7 +18,7 @@ async def run_sized(size: int, function: Callable[[], T]) -> T:
 
     `size` is about the number of characters that it reads or writes.
     """
-    if size <= _INLINE_SIZE:
+    if size <= INLINE_SIZE:
         return function()
     return await asyncio.to_thread(function)
 

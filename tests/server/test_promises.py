@@ -49,7 +49,7 @@ class Machine:
         arrival = Arrival(body=body, arrived_at_s=self.now_s, is_retry=is_retry)
         ask = Ask(rank_s=self.now_s, max_tokens=NUM_OUTPUT, ignore_eos=True)
         try:
-            self.gate.decide(arrival, ask, self.load(), is_final=True)
+            self.gate.decide(arrival, ask, self.load, is_final=True)
         except ApiError as error:
             return error.retry_after_s
         self.waiting.append(self.now_s)
