@@ -10,7 +10,8 @@ from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 
 from engine.batch import SampledRows
-from engine.block_manager import ROOT_DIGEST, BlockManager, block_digest
+from engine.block_manager import BlockManager
+from engine.prefix_sharing import PrefixSharing
 from engine.sequence import Sequence, SequenceStatus
 from engine.types import EngineLoad, FinishReason, TokenEvent
 from engine.verifier import accept_rows
@@ -62,13 +63,10 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._sequences: dict[int, Sequence] = {}
         self._free_lanes = list(range(max_sequences - 1, -1, -1))
-        # Blocks that a running sequence will have computed and published soon, by digest.
-        self._computing: dict[bytes, Sequence] = {}
+        self._prefixes = PrefixSharing(blocks)
         # Whether others decode on another core between two steps of this one; see migration.py.
         self.is_beside_decoding = False
         self._num_preemptions = 0
-        self._num_prefix_queried_tokens = 0
-        self._num_prefix_hit_tokens = 0
         self._num_steps = 0
 
     @property
@@ -145,8 +143,7 @@ class Scheduler:
     def continue_counts(self, former: "Scheduler") -> None:
         """Go on counting where another scheduler is."""
         self._num_preemptions = former._num_preemptions
-        self._num_prefix_queried_tokens = former._num_prefix_queried_tokens
-        self._num_prefix_hit_tokens = former._num_prefix_hit_tokens
+        self._prefixes.continue_counts(former._prefixes)
         self._num_steps = former._num_steps
 
     @property
@@ -180,7 +177,7 @@ class Scheduler:
             if first_row != end_row:
                 event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
             if seq.num_computed_tokens // block_size > seq.num_published_blocks:
-                self._publish(seq)
+                self._prefixes.publish(seq)
             if event is not None:
                 events.append(event)
                 if event.finish_reason is not None:
@@ -215,8 +212,8 @@ class Scheduler:
             num_held_blocks=self._blocks.num_held,
             num_total_blocks=self._blocks.num_blocks,
             num_preemptions=self._num_preemptions,
-            num_prefix_queried_tokens=self._num_prefix_queried_tokens,
-            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_prefix_queried_tokens=self._prefixes.num_queried_tokens,
+            num_prefix_hit_tokens=self._prefixes.num_hit_tokens,
             num_steps=self._num_steps,
         )
 
@@ -232,8 +229,7 @@ class Scheduler:
         for seq in self._waiting:
             assert not seq.block_ids, f"waiting {seq.seq_id} holds blocks"
             assert seq.lane < 0, f"waiting {seq.seq_id} has a lane"
-        for seq in self._computing.values():
-            assert seq.status is SequenceStatus.RUNNING, "a block awaits a sequence that left"
+        self._prefixes.check_integrity()
 
     def _schedule_running(self, plan: StepPlan) -> int:
         """Plan the running sequences and return what is left of the token budget."""
@@ -293,7 +289,7 @@ class Scheduler:
         index = 0
         while budget and index < len(self._waiting) and self._free_lanes:
             seq = self._waiting[index]
-            prefix = self._usable_prefix(seq)
+            prefix = self._prefixes.usable(seq)
             if prefix is None:
                 index += 1
                 continue
@@ -312,27 +308,6 @@ class Scheduler:
             plan.entries.append((seq, num_new_tokens))
             plan.admitted.append(seq)
 
-    def _usable_prefix(self, seq: Sequence) -> Row[int] | None:
-        """Find the cached blocks that `seq` can start from; None: somebody computes more of them.
-
-        Equal prompts that arrive together thus wait for the first of them, instead of each
-        computing the same blocks.
-        """
-        if seq.needs_prompt_logprobs:
-            return []
-        if seq.awaited_digest is not None and seq.awaited_digest in self._computing:
-            return None
-        num_tokens = len(seq.token_ids)
-        self._extend_digests(seq, num_tokens // self._block_size)
-        # The last token is computed in any case: its logits are wanted.
-        max_blocks = (num_tokens - 1) // self._block_size
-        prefix = self._blocks.find_prefix(seq.block_digests, max_blocks)
-        if len(prefix) < max_blocks and seq.block_digests[len(prefix)] in self._computing:
-            seq.awaited_digest = seq.block_digests[len(prefix)]
-            return None
-        seq.awaited_digest = None
-        return prefix
-
     def _start(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
         self._blocks.share(prefix)
         seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
@@ -342,32 +317,11 @@ class Scheduler:
         seq.num_starts += 1
         seq.status = SequenceStatus.RUNNING
         insort(self._running, seq, key=_by_rank)
-        for digest in seq.block_digests[len(prefix) :]:
-            self._computing.setdefault(digest, seq)
+        self._prefixes.announce(seq)
         if seq.queued_s is None:
             seq.queued_s = time.monotonic() - seq.arrived_at_s
             seq.num_cached_tokens = seq.num_computed_tokens
-            if not seq.needs_prompt_logprobs:
-                self._num_prefix_queried_tokens += seq.num_prompt_tokens
-                self._num_prefix_hit_tokens += seq.num_cached_tokens
-
-    def _extend_digests(self, seq: Sequence, num_blocks: int) -> None:
-        digests = seq.block_digests
-        size = self._block_size
-        for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else ROOT_DIGEST
-            digests.append(block_digest(parent, seq.token_ids[index * size : (index + 1) * size]))
-
-    def _publish(self, seq: Sequence) -> None:
-        """Let others share the blocks that `seq` has filled."""
-        num_full = seq.num_computed_tokens // self._block_size
-        self._extend_digests(seq, num_full)
-        for index in range(seq.num_published_blocks, num_full):
-            digest = seq.block_digests[index]
-            self._blocks.publish(seq.block_ids[index], digest)
-            if self._computing.get(digest) is seq:
-                del self._computing[digest]
-        seq.num_published_blocks = num_full
+            self._prefixes.count(seq)
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
         self._leave(seq)
@@ -384,9 +338,7 @@ class Scheduler:
     def _release(self, seq: Sequence) -> None:
         """Take everything that running gave to a sequence back from it."""
         self._running.remove(seq)
-        for digest in seq.block_digests[seq.num_published_blocks :]:
-            if self._computing.get(digest) is seq:
-                del self._computing[digest]
+        self._prefixes.withdraw(seq)
         self._blocks.release(seq.block_ids)
         seq.block_ids = []
         seq.num_published_blocks = 0
