@@ -53,6 +53,7 @@ class Engine:
         self._is_idle = True
         self._num_failed_steps = 0
         self._num_arrivals = 0
+        self._reported_load = EngineLoad()
         self._heartbeat_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -200,8 +201,9 @@ class Engine:
 
     def _wait(self) -> bool:
         if not self._is_idle:
-            if self._succession.runner.end_calibration():
-                self._report([])  # it held blocks until now
+            self._succession.runner.end_calibration()
+            if self._succession.load() != self._reported_load:
+                self._report([])  # the calibration held blocks until now
             self._succession.scheduler.check_integrity()
             self._is_idle = True
         if self._stop_at_s is not None:
@@ -272,10 +274,11 @@ class Engine:
         *,
         has_new_core: bool = False,
     ) -> None:
+        load = self._reported_load = self._succession.load()
         self._hand_over(
             StepReport(
                 tuple(event for event in events if event.seq_id != WARM_UP_ID),
-                self._succession.load(),
+                load,
                 step_s,
                 counts.num_tokens,
                 counts.num_drafted,

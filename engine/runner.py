@@ -195,12 +195,10 @@ class Runner:
             # It has ended by that; what is not known yet, serving will tell.
             log.exception("what steps and drafts cost could not be timed")
 
-    def end_calibration(self) -> bool:
-        """Time what is left of them, while nobody waits for a step; whether that freed blocks."""
-        num_held = self._blocks.num_held
+    def end_calibration(self) -> None:
+        """Time what is left of them, while nobody waits for a step."""
         for _ in self._calibration:
             pass
-        return self._blocks.num_held != num_held
 
     def _calibrate(self, policy: SpeculationPolicy) -> Generator[None]:
         """Seed what a step costs, a size at a time; where no block is free, serving will tell."""
