@@ -11,28 +11,14 @@ from dataclasses import dataclass, field
 
 from engine.batch import SampledRows
 from engine.block_manager import BlockManager
+from engine.mixed_steps import mixed_chunk
 from engine.prefix_sharing import PrefixSharing
 from engine.sequence import Sequence, SequenceStatus
 from engine.types import EngineLoad, FinishReason, TokenEvent
 from engine.verifier import accept_rows
 
-# While others decode, prompts are computed in smaller chunks: the whole budget at once would be
-# a pause of several decode steps in every running stream.
-MIXED_STEP_TOKENS = 128
-MIN_MIXED_CHUNK = 40
-
-
-def mixed_chunk(num_open: int, num_decoding: int) -> int:
-    """Tokens of prompts that a step may compute beside sequences that decode.
-
-    Beside num_open decoding ones, so many take about as long as two steps without them: decoding
-    waits for the weights' memory, which 16 tokens of a prompt wait for as well, and costs as much
-    as 1.5 prompt tokens for each sequence (int4 weights on AVX-512 VNNI: 2 ms, 0.23 ms and 0.34
-    ms). Gaps between tokens thus stay within a few times their median; and where many have yet to
-    start, they need not wait for the few that have.
-    """
-    most = min(16 + 3 * num_open, MIXED_STEP_TOKENS - num_decoding)
-    return max(most, MIN_MIXED_CHUNK)
+# Steps that the mean number of drafts is taken over.
+DRAFT_MEMORY = 16.0
 
 
 @dataclass(slots=True)
@@ -66,6 +52,7 @@ class Scheduler:
         self._prefixes = PrefixSharing(blocks)
         # Whether others decode on another core between two steps of this one; see migration.py.
         self.is_beside_decoding = False
+        self._num_drafted = 0.0  # lately, for each sequence that decoded
         self._num_preemptions = 0
         self._num_steps = 0
 
@@ -170,7 +157,11 @@ class Scheduler:
         events: list[TokenEvent] = []
         block_size = self._block_size
         row_start = rows.start
+        num_decoding = num_drafted = 0
         for index, (seq, num_new_tokens) in enumerate(plan.entries):
+            if seq.num_computed_tokens + 1 == len(seq.token_ids):
+                num_decoding += 1
+                num_drafted += len(seq.draft_ids)
             seq.num_computed_tokens += num_new_tokens
             first_row, end_row = row_start[index], row_start[index + 1]
             event = None
@@ -182,6 +173,8 @@ class Scheduler:
                 events.append(event)
                 if event.finish_reason is not None:
                     self._leave(seq)
+        if num_decoding:
+            self._num_drafted += (num_drafted / num_decoding - self._num_drafted) / DRAFT_MEMORY
         return events
 
     def draft_room(self, seq: Sequence, wanted: int) -> int:
@@ -238,8 +231,7 @@ class Scheduler:
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
         if num_decoding or self.is_beside_decoding:
-            num_open = len(running) + len(self._waiting)
-            budget = min(budget, mixed_chunk(num_open, num_decoding))
+            budget = min(budget, self._mixed_chunk(num_decoding))
         block_size = self._block_size
         index = 0
         while index < len(running):
@@ -255,6 +247,22 @@ class Scheduler:
                 plan.entries.append((seq, num_new_tokens))
             index += 1
         return budget
+
+    def _mixed_chunk(self, num_decoding: int) -> int:
+        """Tokens of prompts that a step may compute beside so many sequences that decode."""
+        running = self._running
+        # Those that wait count as far as there are lanes: where many have yet to start, they need
+        # not wait for the few that have.
+        starting = self._waiting[: len(self._free_lanes)]
+        num_prompt_tokens = sum(len(seq.token_ids) for seq in starting) - num_decoding
+        for seq in running:
+            num_prompt_tokens += len(seq.token_ids) - seq.num_computed_tokens
+        return mixed_chunk(
+            len(running) + len(starting),
+            num_decoding,
+            num_decoding * self._num_drafted,
+            num_prompt_tokens,
+        )
 
     def _grow(self, seq: Sequence) -> bool:
         """Give `seq` blocks for its tokens, taking them from those of the last rank if need be.
