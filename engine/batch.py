@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.block_table import BlockTable
 from engine.lanes import Float32Array, Int32Array, Lanes
 from engine.row_params import RowParams
 from engine.sequence import Sequence
@@ -68,10 +69,10 @@ class Batch:
         self._core = core
         self._block_size = core.block_size
         self._lanes = Lanes(max_sequences, max_model_len, core.block_size, eos_token_ids)
-        self._buffers = allocate_buffers(
-            max_sequences, max_step_tokens, self._lanes.blocks.shape[1]
-        )
-        self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
+        self._max_model_len = max_model_len
+        self._max_blocks = self._lanes.blocks.shape[1]
+        self._buffers = allocate_buffers(max_sequences, max_step_tokens, self._max_blocks)
+        self._buffers["history_ids"] = self._lanes.flat_tokens
         self._hidden_window = 0
         self.keep_hidden(hidden)
         # Of the step that is laid out: the lane of each row, whether it is a sample (None: all
@@ -79,6 +80,7 @@ class Batch:
         self._row_lanes: NDArray[np.intp] = np.zeros(0, np.intp)
         self._row_samples: NDArray[np.bool_] | None = None
         self._row_start: list[int] = [0]
+        self._table = BlockTable(self._lanes)
         self._params = RowParams(self._lanes, max_model_len)
         # Each lane's number, as often as a step of it alone may have rows; and consecutive numbers.
         self._few_lanes: dict[int, NDArray[np.intp]] = {}
@@ -106,6 +108,7 @@ class Batch:
     def open_lane(self, seq: Sequence) -> None:
         """Take in a sequence that the coming step is the first to advance."""
         self._params.forget()
+        self._table.forget()
         self._lanes.open(seq)
 
     def fill(self, entries: Row[tuple[Sequence, int]]) -> tuple[int, int, int]:
@@ -115,7 +118,7 @@ class Batch:
         buffers = self._buffers
         num_sequences = len(entries)
         self._lanes.write_new_blocks(entries)
-        lanes = np.array([seq.lane for seq, _ in entries], np.intp)
+        lanes = self._table.fill(buffers["block_table"], entries)
         computed = np.array([seq.num_computed_tokens for seq, _ in entries], np.int32)
         lengths = np.array([len(seq.token_ids) for seq, _ in entries], np.int32)
         num_new = np.array([count for _, count in entries], np.int32)
@@ -126,10 +129,6 @@ class Batch:
         np.cumsum(num_new, out=query_start[1 : num_sequences + 1])
         num_tokens = int(query_start[num_sequences])
         seq_lens = np.add(computed, num_new, out=buffers["seq_lens"][:num_sequences])
-        num_columns = -(-int(seq_lens.max()) // self._block_size)
-        buffers["block_table"][:num_sequences, :num_columns] = self._lanes.blocks[
-            lanes, :num_columns
-        ]
         if num_tokens == num_sequences:
             token_lanes, positions = lanes, computed
         else:
@@ -137,9 +136,11 @@ class Batch:
             positions = np.arange(num_tokens, dtype=np.int32)
             positions += np.repeat(computed - query_start[:num_sequences], num_new)
         buffers["positions"][:num_tokens] = positions
-        buffers["token_ids"][:num_tokens] = self._lanes.tokens[token_lanes, positions]
+        indices = token_lanes * self._max_model_len + positions
+        buffers["token_ids"][:num_tokens] = self._lanes.flat_tokens[indices]
         block_index, offset = np.divmod(positions, self._block_size)
-        slots = self._lanes.blocks[token_lanes, block_index] * self._block_size
+        block_ids = self._lanes.flat_blocks[token_lanes * self._max_blocks + block_index]
+        slots = block_ids * self._block_size
         np.add(slots, offset, out=buffers["slot_mapping"][:num_tokens])
         if self._hidden_window:
             self._keep_hidden(token_lanes, positions, np.repeat(seq_lens, num_new))
@@ -161,6 +162,7 @@ class Batch:
         """The same for a step of one sequence that decodes: its columns are ranges, and gathering
         them as for many takes several times as long."""
         buffers, lanes, lane = self._buffers, self._lanes, seq.lane
+        self._table.forget()
         lanes.write_new_blocks([(seq, num_new)])
         if seq.draft_ids:
             lanes.write_drafts(seq)
@@ -202,12 +204,12 @@ class Batch:
         num_rows = self._row_start[-1]
         token_ids = buffers["sampled_ids"][:num_rows]
         noise_position = buffers["noise_position"][:num_rows]
-        if self._row_samples is None:
-            self._lanes.tokens[self._row_lanes, noise_position] = token_ids
+        indices = self._row_lanes * self._max_model_len + noise_position
+        samples = self._row_samples
+        if samples is None:
+            self._lanes.flat_tokens[indices] = token_ids
         else:
-            samples = self._row_samples
-            lanes, positions = self._row_lanes[samples], noise_position[samples]
-            self._lanes.tokens[lanes, positions] = token_ids[samples]
+            self._lanes.flat_tokens[indices[samples]] = token_ids[samples]
         return SampledRows(
             self._row_start,
             token_ids.tolist(),
@@ -237,6 +239,7 @@ class Batch:
         buffers["seq_lens"][0] = num_tokens
         num_columns = -(-num_tokens // self._block_size)
         buffers["block_table"][0, :num_columns] = blocks[:num_columns]
+        self._table.forget()
         self._params.forget()  # the rows' parameters are the probe's
         for name, value in (("target_ids", -1), ("num_logprobs", -1), ("repetition_penalty", 1)):
             buffers[name][:num_tokens] = value

@@ -23,10 +23,16 @@ DRAFT_MEMORY = 16.0
 
 @dataclass(slots=True)
 class StepPlan:
-    """Which sequences a step advances, by how many tokens; `admitted` ones are new to a lane."""
+    """Which sequences a step advances, by how many tokens; `admitted` ones are new to a lane.
+
+    The commit adds how many of them decoded, with how many drafts, and what they got.
+    """
 
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    num_decoding: int = 0
+    num_drafted: int = 0
+    num_emitted: int = 0
 
 
 class Scheduler:
@@ -155,26 +161,33 @@ class Scheduler:
         """Advance the plan's sequences by what the step computed and sampled."""
         self._num_steps += 1
         events: list[TokenEvent] = []
-        block_size = self._block_size
+        block_size, max_model_len = self._block_size, self._max_model_len
         row_start = rows.start
-        num_decoding = num_drafted = 0
         for index, (seq, num_new_tokens) in enumerate(plan.entries):
-            if seq.num_computed_tokens + 1 == len(seq.token_ids):
-                num_decoding += 1
-                num_drafted += len(seq.draft_ids)
+            num_drafts = len(seq.draft_ids)
+            is_decoding = (
+                num_new_tokens == 1 + num_drafts and len(seq.token_ids) > seq.num_prompt_tokens
+            )
             seq.num_computed_tokens += num_new_tokens
             first_row, end_row = row_start[index], row_start[index + 1]
             event = None
             if first_row != end_row:
-                event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
+                event = accept_rows(seq, rows, first_row, end_row, max_model_len)
             if seq.num_computed_tokens // block_size > seq.num_published_blocks:
                 self._prefixes.publish(seq)
-            if event is not None:
-                events.append(event)
-                if event.finish_reason is not None:
-                    self._leave(seq)
-        if num_decoding:
-            self._num_drafted += (num_drafted / num_decoding - self._num_drafted) / DRAFT_MEMORY
+            if event is None:
+                continue
+            events.append(event)
+            if is_decoding:
+                plan.num_decoding += 1
+                plan.num_drafted += num_drafts
+                plan.num_emitted += len(event.token_ids)
+            if event.finish_reason is not None:
+                self._leave(seq)
+        if plan.num_decoding:
+            self._num_drafted += (
+                plan.num_drafted / plan.num_decoding - self._num_drafted
+            ) / DRAFT_MEMORY
         return events
 
     def draft_room(self, seq: Sequence, wanted: int) -> int:
