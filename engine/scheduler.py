@@ -5,7 +5,6 @@ prefill or decode phase: a sequence catches up to its tokens within the step's t
 """
 
 import time
-from bisect import insort
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from engine.batch import SampledRows
 from engine.block_manager import BlockManager
 from engine.mixed_steps import mixed_chunk
 from engine.prefix_sharing import PrefixSharing
+from engine.queues import Queues
 from engine.sequence import Sequence, SequenceStatus
 from engine.types import EngineLoad, FinishReason, TokenEvent
 from engine.verifier import accept_rows
@@ -48,13 +48,9 @@ class Scheduler:
     ) -> None:
         self._blocks = blocks
         self._block_size = blocks.block_size
-        self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
         self._max_model_len = max_model_len
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._sequences: dict[int, Sequence] = {}
-        self._free_lanes = list(range(max_sequences - 1, -1, -1))
+        self.queues = Queues(max_sequences)
         self._prefixes = PrefixSharing(blocks)
         # Whether others decode on another core between two steps of this one; see migration.py.
         self.is_beside_decoding = False
@@ -64,73 +60,50 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self.queues.by_id)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose prompt leaves room for at least one token."""
-        assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} submitted twice"
         assert 0 < seq.num_prompt_tokens < self._max_model_len
-        self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_rank)
+        self.queues.add(seq)
 
     def abort(self, seq_id: int) -> TokenEvent | None:
         """End a sequence between two steps; its blocks are free on return."""
-        seq = self._sequences.get(seq_id)
+        seq = self.queues.by_id.get(seq_id)
         return None if seq is None else self._end(seq, "abort")
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> list[TokenEvent]:
-        return [self._end(seq, reason, error) for seq in list(self._sequences.values())]
+        return [self._end(seq, reason, error) for seq in list(self.queues.by_id.values())]
 
     def abandon(self, error: str) -> list[TokenEvent]:
         """End all sequences after a bug, without touching books that may not add up any more."""
-        sequences = list(self._sequences.values())
-        self._sequences.clear()
+        sequences = list(self.queues.by_id.values())
+        self.queues.by_id.clear()
         return [seq.event(finish_reason="error", error=error) for seq in sequences]
 
     # A core that takes over from another brings a scheduler of its own; see migration.py.
 
-    @property
-    def is_catching_up(self) -> bool:
-        """Whether a sequence waits, or still lacks more than its next token."""
-        return bool(self._waiting) or any(
-            len(seq.token_ids) - seq.num_computed_tokens > 1 for seq in self._running
-        )
-
-    def take_waiting(self) -> list[Sequence]:
-        """Give up the sequences that wait."""
-        taken, self._waiting = self._waiting, []
-        for seq in taken:
-            del self._sequences[seq.seq_id]
-        return taken
-
-    @property
-    def first_running(self) -> Sequence | None:
-        """The running sequence of the first rank."""
-        return self._running[0] if self._running else None
-
     def take(self, seq: Sequence) -> Sequence:
         """Give up a running sequence, to be computed again elsewhere."""
         self._suspend(seq)
-        self._waiting.remove(seq)
-        del self._sequences[seq.seq_id]
+        self.queues.remove(seq)
         return seq
 
     def adopt(self, seq: Sequence) -> None:
         """Queue a sequence that another scheduler gave up; it keeps its place by arrival."""
         seq.awaited_digest = None
-        self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_rank)
+        self.queues.add(seq)
 
     def forget_hidden(self) -> None:
         """Note that the hidden states of what is computed by now were kept for nobody."""
-        for seq in self._running:
+        for seq in self.queues.running:
             seq.first_computed = (
                 self._blocks.num_blocks_for(seq.num_computed_tokens) * self._block_size
             )
 
     def suspend_all(self) -> None:
         """Put every running sequence back in the queue."""
-        for seq in list(self._running):
+        for seq in list(self.queues.running):
             self._suspend(seq)
 
     def continue_counts(self, former: "Scheduler") -> None:
@@ -139,21 +112,13 @@ class Scheduler:
         self._prefixes.continue_counts(former._prefixes)
         self._num_steps = former._num_steps
 
-    @property
-    def longest_end(self) -> int:
-        """Tokens that the longest sequence may come to have."""
-        return max(
-            (seq.num_prompt_tokens + seq.params.max_tokens for seq in self._sequences.values()),
-            default=0,
-        )
-
     def schedule(self) -> StepPlan:
         """Plan a step: running sequences first, then waiting ones, in order of rank."""
         plan = StepPlan()
         num_preemptions = self._num_preemptions
         budget = self._schedule_running(plan)
         # Blocks that were just taken from somebody are not for a newcomer.
-        if self._waiting and num_preemptions == self._num_preemptions:
+        if self.queues.waiting and num_preemptions == self._num_preemptions:
             self._admit(plan, budget)
         return plan
 
@@ -202,7 +167,7 @@ class Scheduler:
         if room <= 0:
             return 0
         count = self._blocks.num_blocks_for(num_tokens + room) - len(seq.block_ids)
-        if count > 0 and self._blocks.num_free >= count + len(self._running):
+        if count > 0 and self._blocks.num_free >= count + len(self.queues.running):
             seq.block_ids += self._blocks.allocate(count)
         return min(room, len(seq.block_ids) * self._block_size - num_tokens)
 
@@ -212,8 +177,8 @@ class Scheduler:
 
     def load(self) -> EngineLoad:
         return EngineLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(self.queues.running),
+            num_waiting=len(self.queues.waiting),
             num_free_blocks=self._blocks.num_free,
             num_held_blocks=self._blocks.num_held,
             num_total_blocks=self._blocks.num_blocks,
@@ -225,21 +190,13 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError where blocks, lanes and queues do not add up."""
-        self._blocks.check_integrity([seq.block_ids for seq in self._running])
-        lanes = [seq.lane for seq in self._running] + self._free_lanes
-        assert sorted(lanes) == list(range(self._max_sequences)), "lanes lost or used twice"
-        queued = self._waiting + self._running
-        assert {id(seq) for seq in queued} == {id(seq) for seq in self._sequences.values()}
-        for queue in (self._waiting, self._running):
-            assert queue == sorted(queue, key=_by_rank), "a queue is out of order"
-        for seq in self._waiting:
-            assert not seq.block_ids, f"waiting {seq.seq_id} holds blocks"
-            assert seq.lane < 0, f"waiting {seq.seq_id} has a lane"
+        self._blocks.check_integrity([seq.block_ids for seq in self.queues.running])
+        self.queues.check_integrity()
         self._prefixes.check_integrity()
 
     def _schedule_running(self, plan: StepPlan) -> int:
         """Plan the running sequences and return what is left of the token budget."""
-        running = self._running
+        running = self.queues.running
         # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
@@ -263,10 +220,10 @@ class Scheduler:
 
     def _mixed_chunk(self, num_decoding: int) -> int:
         """Tokens of prompts that a step may compute beside so many sequences that decode."""
-        running = self._running
+        running = self.queues.running
         # Those that wait count as far as there are lanes: where many have yet to start, they need
         # not wait for the few that have.
-        starting = self._waiting[: len(self._free_lanes)]
+        starting = self.queues.waiting[: len(self.queues.free_lanes)]
         num_prompt_tokens = sum(len(seq.token_ids) for seq in starting) - num_decoding
         for seq in running:
             num_prompt_tokens += len(seq.token_ids) - seq.num_computed_tokens
@@ -280,12 +237,12 @@ class Scheduler:
     def _grow(self, seq: Sequence) -> bool:
         """Give `seq` blocks for its tokens, taking them from those of the last rank if need be.
 
-        False where `seq` itself was the last. `_running` is in order of rank and planned
+        False where `seq` itself was the last. Who runs is in order of rank and planned
         from its head, so no victim is in the plan yet.
         """
         count = self._blocks.num_blocks_for(len(seq.token_ids)) - len(seq.block_ids)
         while self._blocks.num_free < count:
-            victim = self._running[-1]
+            victim = self.queues.running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -299,17 +256,17 @@ class Scheduler:
 
     def _suspend(self, seq: Sequence) -> None:
         self._release(seq)
+        self.queues.suspend(seq)
         seq.num_computed_tokens = 0
         if seq.needs_prompt_logprobs:
             seq.prompt_logprobs = [None]
-        seq.status = SequenceStatus.WAITING
-        insort(self._waiting, seq, key=_by_rank)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences while tokens, lanes and blocks last."""
+        queues = self.queues
         index = 0
-        while budget and index < len(self._waiting) and self._free_lanes:
-            seq = self._waiting[index]
+        while budget and index < len(queues.waiting) and queues.free_lanes:
+            seq = queues.waiting[index]
             prefix = self._prefixes.usable(seq)
             if prefix is None:
                 index += 1
@@ -318,26 +275,23 @@ class Scheduler:
             count = self._blocks.num_blocks_for(num_tokens) - len(prefix)
             # A block to spare for each running sequence: admitting into the last ones would
             # only preempt somebody a few steps later.
-            num_reserved = len(self._running) + 1 if self._running else 0
+            num_reserved = len(queues.running) + 1 if queues.running else 0
             num_free = self._blocks.num_free - self._blocks.num_free_among(prefix)
             if num_free < count + num_reserved:
                 return
-            del self._waiting[index]
-            self._start(seq, prefix, count)
+            queues.start(index)
+            self._give(seq, prefix, count)
             num_new_tokens = min(num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new_tokens
             plan.entries.append((seq, num_new_tokens))
             plan.admitted.append(seq)
 
-    def _start(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
+    def _give(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
+        """Give a sequence that starts the blocks of its tokens."""
         self._blocks.share(prefix)
         seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
         seq.num_published_blocks = len(prefix)
         seq.num_computed_tokens = seq.first_computed = len(prefix) * self._block_size
-        seq.lane = self._free_lanes.pop()
-        seq.num_starts += 1
-        seq.status = SequenceStatus.RUNNING
-        insort(self._running, seq, key=_by_rank)
         self._prefixes.announce(seq)
         if seq.queued_s is None:
             seq.queued_s = time.monotonic() - seq.arrived_at_s
@@ -351,21 +305,12 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
-        else:
-            self._waiting.remove(seq)
+        self.queues.remove(seq)
         seq.status = SequenceStatus.FINISHED
-        del self._sequences[seq.seq_id]
 
     def _release(self, seq: Sequence) -> None:
-        """Take everything that running gave to a sequence back from it."""
-        self._running.remove(seq)
+        """Take its blocks back from a running sequence."""
         self._prefixes.withdraw(seq)
         self._blocks.release(seq.block_ids)
         seq.block_ids = []
         seq.num_published_blocks = 0
-        self._free_lanes.append(seq.lane)
-        seq.lane = -1
-
-
-def _by_rank(seq: Sequence) -> tuple[float, int]:
-    return seq.rank
