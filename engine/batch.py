@@ -264,7 +264,7 @@ class Batch:
         buffers = self._buffers
         num_rows = len(lanes)
         self._row_start = list(range(num_rows + 1))
-        buffers["logits_rows"][:num_rows] = self._row_start[:num_rows]
+        buffers["logits_rows"][:num_rows] = self._consecutive[:num_rows]
         buffers["noise_position"][:num_rows] = lengths
         buffers["target_ids"][:num_rows] = -1
         self._row_lanes = lanes

@@ -37,7 +37,9 @@ class RowParams:
 
         `samples` marks the rows that are samples; None: all are.
         """
-        if self._written_lanes is None or not np.array_equal(self._written_lanes, row_lanes):
+        written = self._written_lanes
+        # Mostly it is the same array: comparing them takes as long as a few of the copies.
+        if written is not row_lanes and (written is None or not np.array_equal(written, row_lanes)):
             self._copy(buffers, row_lanes, samples)
         return self._fill_ranges(buffers, row_lanes)
 
