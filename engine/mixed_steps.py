@@ -3,6 +3,8 @@
 The scheduler plans by it, and the server's forecasts follow it.
 """
 
+import math
+
 # Of both kinds, as long as no more prompts wait than that.
 USUAL_MIXED_TOKENS = 128
 MIN_MIXED_CHUNK = 40
@@ -27,4 +29,7 @@ def mixed_chunk(
     """
     most = 16 + 2.5 * num_open + 2 * num_drafted
     usual = min(16 + 2.5 * num_open, USUAL_MIXED_TOKENS - num_decoding)
-    return max(round(min(max(usual, num_prompt_tokens / DRAIN_STEPS), most)), MIN_MIXED_CHUNK)
+    chunk = max(min(max(usual, num_prompt_tokens / DRAIN_STEPS), most), MIN_MIXED_CHUNK)
+    # In equal parts: that the last one is smaller would shorten no gap, and larger ones are gaps.
+    num_steps = max(1, math.ceil(num_prompt_tokens / chunk))
+    return math.ceil(num_prompt_tokens / num_steps)

@@ -227,7 +227,9 @@ def _steady_tokens(num_decoding: int, costs: Costs, limits: Limits) -> float:
     num_steps = costs.mean_output_tokens / costs.tokens_per_step
     per_sequence = costs.mean_prompt_tokens * costs.uncached_share / num_steps
     num_drafts = num_decoding * (costs.verified_per_step - 1)
-    most = num_decoding + _chunk(math.inf, num_decoding, costs, limits)
+    most = num_decoding + _chunk(
+        num_decoding * costs.mean_prompt_tokens, num_decoding, costs, limits
+    )
     mixed = min(num_decoding * (1 + per_sequence), most)
     return mixed + num_drafts
 

@@ -489,6 +489,14 @@ def test_chunks_beside_many_streams_grow_with_the_prompts_that_wait_as_far_as_dr
     None
 ):
     few, many = (mixed_chunk(32, 24, 96, num_tokens) for num_tokens in (128, 1000))
-    assert few < many
-    without_drafts = [mixed_chunk(32, 24, 0, num_tokens) for num_tokens in (128, 10_000)]
-    assert without_drafts[1] <= 1.1 * without_drafts[0]
+    assert 2 * few < many
+    assert 2 * mixed_chunk(32, 24, 0, 1000) < many
+
+
+def test_a_prompt_beside_decoding_sequences_is_computed_in_equal_parts() -> None:
+    left, parts = 130, []
+    while left:
+        parts.append(mixed_chunk(8, 7, 0, left))
+        left -= parts[-1]
+    assert len(parts) == 4
+    assert max(parts) - min(parts) <= 1
