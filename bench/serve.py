@@ -2,7 +2,7 @@
 
 Each level keeps that many streamed requests in flight until all of the level are done (a closed
 loop), and reports output tokens per second, time to the first token (TTFT), inter-token latency
-(ITL) and end-to-end time.
+(ITL) and end-to-end time. With --contexts, also one stream with prompts of each of these lengths.
 
 ITL is the time between successive chunks that carry text, one value per gap over all requests: a
 chunk of several tokens counts once, as the client sees it. TPOT, the time per output token of a
@@ -12,6 +12,8 @@ of the server's usage; where it gives none, chunks are counted instead, and the 
 
 import argparse
 import asyncio
+import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -92,8 +94,15 @@ async def run_level(
     return outcomes
 
 
-async def run(options: argparse.Namespace) -> list[Level]:
-    """Probe, warm up, and measure each level in turn."""
+class Levels(msgspec.Struct, frozen=True):
+    """What was measured, by concurrency and by tokens of a prompt."""
+
+    levels: list[Level]
+    contexts: list[Level]
+
+
+async def run(options: argparse.Namespace) -> Levels:
+    """Probe, warm up, and measure each level and context in turn."""
     source = PromptSource(options.text, options.seed)
     target = Target(
         url=options.url,
@@ -104,7 +113,6 @@ async def run(options: argparse.Namespace) -> list[Level]:
         extra=options.extra,
     )
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
-    levels: list[Level] = []
     async with aiohttp.ClientSession(
         headers=headers,
         # A connection for each request: llama-server closes its own after a stream unannounced.
@@ -116,18 +124,23 @@ async def run(options: argparse.Namespace) -> list[Level]:
         num_words = lengths.num_words(options.prompt_tokens)
         warm_up = [source.prompt(_PROBE_INDEX + 2 + i, num_words) for i in range(options.warm_up)]
         await run_level(session, target, warm_up, max(options.concurrency))
-        next_index = 0
-        for concurrency in options.concurrency:
+        indices = itertools.count()
+
+        async def measure(concurrency: int, num_words: int, least: int) -> Level:
             # Fewer requests than the level holds would measure a lower level.
-            count = max(concurrency, options.requests_per_level or 4 * concurrency)
-            indices = range(next_index, next_index + count)
-            next_index += count
-            prompts = [source.prompt(index, num_words) for index in indices]
-            levels.append(
-                summarize(concurrency, await run_level(session, target, prompts, concurrency))
-            )
+            count = max(concurrency, options.requests_per_level or least)
+            prompts = [source.prompt(next(indices), num_words) for _ in range(count)]
+            return summarize(concurrency, await run_level(session, target, prompts, concurrency))
+
+        levels: list[Level] = []
+        for concurrency in options.concurrency:
+            levels.append(await measure(concurrency, num_words, 4 * concurrency))
             print(f"concurrency {concurrency}: done", file=sys.stderr)
-    return levels
+        contexts: list[Level] = []
+        for num_tokens in options.contexts:
+            contexts.append(await measure(1, lengths.num_words(num_tokens), 4))
+            print(f"prompts of {num_tokens} tokens: done", file=sys.stderr)
+    return Levels(levels, contexts)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -140,6 +153,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--endpoint", choices=("completions", "chat"), default="completions")
     add("--concurrency", type=levels, default=[1, 8, 32], help="levels, e.g. 1,8,32")
     add("--prompt-tokens", type=positive, default=128, help="about this many (%(default)s)")
+    add("--contexts", type=levels, default=[], help="tokens of prompts, e.g. 128,1024,8000")
     add("--output-tokens", type=positive, default=128, help="max_tokens (%(default)s)")
     add(
         "--requests-per-level",
@@ -153,14 +167,18 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--extra", type=json_object, default={}, help="JSON object added to every request body")
     add("--timeout-s", type=float, default=600.0, help="of one request (%(default)s)")
     add("--json", type=Path, help="write the figures to this file as well")
-    return parser.parse_args(arguments)
+    add("--plot", type=Path, help="draw tokens/s into this PNG file (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install '.[bench]'")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON; 1 when a request failed, 2 when none can work."""
     options = parse_options(arguments)
     try:
-        levels = uvloop.run(run(options))
+        measured = uvloop.run(run(options))
     except (BenchError, OSError, ValueError) as failure:
         print(f"bench.serve: {failure}", file=sys.stderr)
         return 2
@@ -168,21 +186,26 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.url}  {options.endpoint}, model {options.model}, prompts of about "
         f"{options.prompt_tokens} tokens, {options.output_tokens} output tokens; times in ms"
     )
-    print(table(levels))
-    if not all(level.tokens_from_usage for level in levels if level.num_errors == 0):
+    every = measured.levels + measured.contexts
+    print(table(every))
+    if not all(level.tokens_from_usage for level in every if level.num_errors == 0):
         print("The server gave no usage: tokens are counted as chunks with text.")
-    for level in levels:
+    for level in every:
         for error in level.errors:
             print(f"concurrency {level.concurrency}: {error}", file=sys.stderr)
     if options.json:
         settings = {
             key: str(value) if isinstance(value, Path) else value
             for key, value in vars(options).items()
-            if key not in ("api_key", "json")
+            if key not in ("api_key", "json", "plot")
         }
-        document = {"settings": settings, "levels": levels}
+        document = {"settings": settings, **msgspec.structs.asdict(measured)}
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2))
-    return 1 if any(level.num_errors for level in levels) else 0
+    if options.plot:
+        from bench.serve_plot import draw  # matplotlib comes with an extra
+
+        draw(options.plot, options.model, measured.levels, measured.contexts)
+    return 1 if any(level.num_errors for level in every) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.block_table import BlockTable
 from engine.lanes import Float32Array, Int32Array, Lanes
+from engine.row_params import RowParams
 from engine.sequence import Sequence
 from engine.step_buffers import allocate_buffers
 from engine.types import TokenLogprobs
@@ -66,12 +68,11 @@ class Batch:
         position p in row p % W of the lane's."""
         self._core = core
         self._block_size = core.block_size
-        self._max_model_len = max_model_len
         self._lanes = Lanes(max_sequences, max_model_len, core.block_size, eos_token_ids)
-        self._buffers = allocate_buffers(
-            max_sequences, max_step_tokens, self._lanes.blocks.shape[1]
-        )
-        self._buffers["history_ids"] = self._lanes.tokens.reshape(-1)
+        self._max_model_len = max_model_len
+        self._max_blocks = self._lanes.blocks.shape[1]
+        self._buffers = allocate_buffers(max_sequences, max_step_tokens, self._max_blocks)
+        self._buffers["history_ids"] = self._lanes.flat_tokens
         self._hidden_window = 0
         self.keep_hidden(hidden)
         # Of the step that is laid out: the lane of each row, whether it is a sample (None: all
@@ -79,15 +80,12 @@ class Batch:
         self._row_lanes: NDArray[np.intp] = np.zeros(0, np.intp)
         self._row_samples: NDArray[np.bool_] | None = None
         self._row_start: list[int] = [0]
-        # Whose parameters the row buffers hold; None: they must be written in any case.
-        self._written_lanes: NDArray[np.intp] | None = None
-        self._row_penalised: Int32Array = np.zeros(0, np.int32)
+        self._table = BlockTable(self._lanes)
+        self._params = RowParams(self._lanes, max_model_len)
         # Each lane's number, as often as a step of it alone may have rows; and consecutive numbers.
         self._few_lanes: dict[int, NDArray[np.intp]] = {}
         self._num_few = min(FEW_TOKENS, max_step_tokens)
         self._consecutive = np.arange(max_model_len + 2, dtype=np.int32)
-        self._any_bias = False
-        self._has_old_bias = False  # bias_start holds ranges of an earlier step
 
     @property
     def lanes(self) -> Lanes:
@@ -109,7 +107,8 @@ class Batch:
 
     def open_lane(self, seq: Sequence) -> None:
         """Take in a sequence that the coming step is the first to advance."""
-        self._written_lanes = None
+        self._params.forget()
+        self._table.forget()
         self._lanes.open(seq)
 
     def fill(self, entries: Row[tuple[Sequence, int]]) -> tuple[int, int, int]:
@@ -119,7 +118,7 @@ class Batch:
         buffers = self._buffers
         num_sequences = len(entries)
         self._lanes.write_new_blocks(entries)
-        lanes = np.array([seq.lane for seq, _ in entries], np.intp)
+        lanes = self._table.fill(buffers["block_table"], entries)
         computed = np.array([seq.num_computed_tokens for seq, _ in entries], np.int32)
         lengths = np.array([len(seq.token_ids) for seq, _ in entries], np.int32)
         num_new = np.array([count for _, count in entries], np.int32)
@@ -130,10 +129,6 @@ class Batch:
         np.cumsum(num_new, out=query_start[1 : num_sequences + 1])
         num_tokens = int(query_start[num_sequences])
         seq_lens = np.add(computed, num_new, out=buffers["seq_lens"][:num_sequences])
-        num_columns = -(-int(seq_lens.max()) // self._block_size)
-        buffers["block_table"][:num_sequences, :num_columns] = self._lanes.blocks[
-            lanes, :num_columns
-        ]
         if num_tokens == num_sequences:
             token_lanes, positions = lanes, computed
         else:
@@ -141,9 +136,11 @@ class Batch:
             positions = np.arange(num_tokens, dtype=np.int32)
             positions += np.repeat(computed - query_start[:num_sequences], num_new)
         buffers["positions"][:num_tokens] = positions
-        buffers["token_ids"][:num_tokens] = self._lanes.tokens[token_lanes, positions]
+        indices = token_lanes * self._max_model_len + positions
+        buffers["token_ids"][:num_tokens] = self._lanes.flat_tokens[indices]
         block_index, offset = np.divmod(positions, self._block_size)
-        slots = self._lanes.blocks[token_lanes, block_index] * self._block_size
+        block_ids = self._lanes.flat_blocks[token_lanes * self._max_blocks + block_index]
+        slots = block_ids * self._block_size
         np.add(slots, offset, out=buffers["slot_mapping"][:num_tokens])
         if self._hidden_window:
             self._keep_hidden(token_lanes, positions, np.repeat(seq_lens, num_new))
@@ -152,7 +149,8 @@ class Batch:
         else:
             first_samples = np.repeat(lengths, num_new) - 1
             self._select_any_rows(entries, positions >= first_samples, token_lanes, positions)
-        self._fill_params()
+        if self._params.fill(buffers, self._row_lanes, self._row_samples):
+            self._core.bind(**buffers)
         return num_tokens, num_sequences, self._row_start[-1]
 
     def _is_few(self, seq: Sequence, num_new: int) -> bool:
@@ -164,6 +162,7 @@ class Batch:
         """The same for a step of one sequence that decodes: its columns are ranges, and gathering
         them as for many takes several times as long."""
         buffers, lanes, lane = self._buffers, self._lanes, seq.lane
+        self._table.forget()
         lanes.write_new_blocks([(seq, num_new)])
         if seq.draft_ids:
             lanes.write_drafts(seq)
@@ -194,11 +193,9 @@ class Batch:
         if few is None:
             few = self._few_lanes[lane] = np.full(self._num_few, lane, np.intp)
         self._row_samples = None
-        if self._written_lanes is not few:
-            self._row_lanes = few
-            self._copy_params()
         self._row_lanes = few[:num_rows]
-        self._fill_ranges()
+        if self._params.fill_few(buffers, few, num_rows):
+            self._core.bind(**buffers)
         return num_new, 1, num_rows
 
     def sampled(self) -> SampledRows:
@@ -207,12 +204,12 @@ class Batch:
         num_rows = self._row_start[-1]
         token_ids = buffers["sampled_ids"][:num_rows]
         noise_position = buffers["noise_position"][:num_rows]
-        if self._row_samples is None:
-            self._lanes.tokens[self._row_lanes, noise_position] = token_ids
+        indices = self._row_lanes * self._max_model_len + noise_position
+        samples = self._row_samples
+        if samples is None:
+            self._lanes.flat_tokens[indices] = token_ids
         else:
-            samples = self._row_samples
-            lanes, positions = self._row_lanes[samples], noise_position[samples]
-            self._lanes.tokens[lanes, positions] = token_ids[samples]
+            self._lanes.flat_tokens[indices[samples]] = token_ids[samples]
         return SampledRows(
             self._row_start,
             token_ids.tolist(),
@@ -242,7 +239,8 @@ class Batch:
         buffers["seq_lens"][0] = num_tokens
         num_columns = -(-num_tokens // self._block_size)
         buffers["block_table"][0, :num_columns] = blocks[:num_columns]
-        self._written_lanes = None  # the rows' parameters are the probe's
+        self._table.forget()
+        self._params.forget()  # the rows' parameters are the probe's
         for name, value in (("target_ids", -1), ("num_logprobs", -1), ("repetition_penalty", 1)):
             buffers[name][:num_tokens] = value
         buffers["temperature"][:num_tokens] = 0
@@ -266,7 +264,7 @@ class Batch:
         buffers = self._buffers
         num_rows = len(lanes)
         self._row_start = list(range(num_rows + 1))
-        buffers["logits_rows"][:num_rows] = self._row_start[:num_rows]
+        buffers["logits_rows"][:num_rows] = self._consecutive[:num_rows]
         buffers["noise_position"][:num_rows] = lengths
         buffers["target_ids"][:num_rows] = -1
         self._row_lanes = lanes
@@ -304,70 +302,3 @@ class Batch:
             buffers["target_ids"][:num_rows] = np.where(self._row_samples, -1, known)
         counts = np.concatenate(([0], np.cumsum(wanted)))
         self._row_start = counts[query_start[: len(entries) + 1]].tolist()
-
-    def _fill_params(self) -> None:
-        """Copy the rows' sampling parameters from their lanes, unless they are there already."""
-        if self._written_lanes is None or not np.array_equal(self._written_lanes, self._row_lanes):
-            self._copy_params()
-        self._fill_ranges()
-
-    def _fill_ranges(self) -> None:
-        """Write what of the parameters changes from step to step: how far the history reaches."""
-        buffers = self._buffers
-        num_rows = len(self._row_lanes)
-        history_end = buffers["history_end"][:num_rows]
-        np.multiply(
-            self._row_penalised[:num_rows], buffers["noise_position"][:num_rows], out=history_end
-        )
-        history_end += buffers["history_start"][:num_rows]
-        if self._any_bias:
-            self._fill_bias()
-        elif self._has_old_bias:
-            buffers["bias_start"].fill(0)
-            self._has_old_bias = False
-
-    def _copy_params(self) -> None:
-        buffers, lanes, row_lanes = self._buffers, self._lanes, self._row_lanes
-        num_rows = len(row_lanes)
-        self._written_lanes = None
-        for name, values in lanes.params.items():
-            buffers[name][:num_rows] = values[row_lanes]
-        num_logprobs = lanes.num_logprobs[row_lanes]
-        if self._row_samples is not None:
-            num_prompt_logprobs = lanes.num_prompt_logprobs[row_lanes]
-            num_logprobs = np.where(self._row_samples, num_logprobs, num_prompt_logprobs)
-        buffers["num_logprobs"][:num_rows] = num_logprobs
-        penalised = lanes.is_penalised[row_lanes]
-        if self._row_samples is not None:
-            penalised = penalised * self._row_samples  # the prompt's rows sample nothing
-        start = penalised * (row_lanes * self._max_model_len)
-        output_start = start + penalised * lanes.num_prompt_tokens[row_lanes]
-        buffers["history_start"][:num_rows] = start
-        buffers["history_output_start"][:num_rows] = output_start
-        self._row_penalised = penalised
-        self._any_bias = bool(lanes.is_biased[row_lanes].any())
-        if self._row_samples is None:
-            self._written_lanes = row_lanes
-
-    def _fill_bias(self) -> None:
-        buffers = self._buffers
-        self._has_old_bias = True
-        noise_position = buffers["noise_position"]
-        ids: list[Int32Array] = []
-        values: list[Float32Array] = []
-        bias_start = buffers["bias_start"]
-        end = 0
-        for row, lane in enumerate(self._row_lanes.tolist()):
-            if self._lanes.is_biased[lane]:
-                row_ids, row_values = self._lanes.bias[lane].at(noise_position[row])
-                ids.append(row_ids)
-                values.append(row_values)
-                end += len(row_ids)
-            bias_start[row + 1] = end
-        if end > len(buffers["bias_ids"]):
-            buffers["bias_ids"] = np.zeros(2 * end, np.int32)
-            buffers["bias_values"] = np.zeros(2 * end, np.float32)
-            self._core.bind(**buffers)
-        if ids:
-            np.concatenate(ids, out=buffers["bias_ids"][:end])
-            np.concatenate(values, out=buffers["bias_values"][:end])

@@ -53,6 +53,10 @@ class Lanes:
         # neither is copied. Pages that no text reaches are never touched and cost no memory.
         self.tokens = np.zeros((num_lanes, max_model_len), np.int32)
         self.blocks = np.zeros((num_lanes, -(-max_model_len // block_size)), np.int32)
+        # Both as one row each: to gather from two dimensions NumPy releases the interpreter's lock,
+        # which another thread may then keep for milliseconds.
+        self.flat_tokens = self.tokens.reshape(-1)
+        self.flat_blocks = self.blocks.reshape(-1)
         self._num_blocks = [0] * num_lanes
         self.params = {name: np.zeros(num_lanes, dtype) for name, dtype in PARAM_TYPES.items()}
         self.num_logprobs = np.zeros(num_lanes, np.int32)

@@ -7,11 +7,11 @@ through the callback it gave. Everything else here belongs to the thread.
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from engine.batch import Core
+from engine.inbox import Inbox
 from engine.inquiries import Inquiries, T
 from engine.migration import WARM_UP_ID, Park, Redraft, Switch, SwitchError
 from engine.runner import NOTHING, EngineSettings, Runner, StepCounts, StepFailedError
@@ -47,16 +47,13 @@ class Engine:
         self._on_report = on_report
         self._eos_token_ids = frozenset(settings.eos_token_ids)
         self._succession = Succession(Runner(core, settings, speculation))
-        self._inbox: deque[Submit | Abort | Change] = deque()
+        self._inbox = Inbox()
         self._inquiries = Inquiries()
-        self._wake = threading.Event()
-        # Guards the inbox against its end: a message is either read by the thread or refused.
-        self._inbox_lock = threading.Lock()
-        self._closed_with: tuple[FinishReason, str | None] | None = None
         self._stop_at_s: float | None = None
         self._is_idle = True
         self._num_failed_steps = 0
         self._num_arrivals = 0
+        self._reported_load = EngineLoad()
         self._heartbeat_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -110,24 +107,18 @@ class Engine:
 
     def _ask(self, question: Callable[[Runner], T]) -> Future[T]:
         answer = self._inquiries.ask(question)
-        self._wake.set()
+        self._inbox.wake()
         return answer
 
     def submit(self, message: Submit) -> None:
         """Queue a sequence; callable from any thread. After the end it is answered at once."""
-        with self._inbox_lock:
-            closed_with = self._closed_with
-            if closed_with is None:
-                self._inbox.append(message)
-        if closed_with is None:
-            self._wake.set()
-        else:
+        closed_with = self._inbox.post(message)
+        if closed_with is not None:
             self._hand_over(StepReport((_refusal(message, *closed_with),), EngineLoad()))
 
     def abort(self, seq_id: int) -> None:
         """End a sequence before the next step; unknown and finished ids are ignored."""
-        self._inbox.append(Abort(seq_id))
-        self._wake.set()
+        self._inbox.post_abort(Abort(seq_id))
 
     def stop(self, grace_s: float) -> bool:
         """Refuse new sequences, give the others `grace_s` to finish, then abort them.
@@ -135,11 +126,9 @@ class Engine:
         Blocks until the thread has ended, so an event loop calls it in another thread. False
         where a step did not return in time: the thread is then left behind.
         """
-        with self._inbox_lock:
-            if self._closed_with is None:
-                self._closed_with = ("abort", None)
+        self._inbox.close("abort")
         self._stop_at_s = time.monotonic() + grace_s
-        self._wake.set()
+        self._inbox.wake()
         if self._thread.ident is None:
             return True
         self._thread.join(grace_s + JOIN_WAIT_S)
@@ -212,22 +201,20 @@ class Engine:
 
     def _wait(self) -> bool:
         if not self._is_idle:
-            if self._succession.runner.end_calibration():
-                self._report([])  # it held blocks until now
+            self._succession.runner.end_calibration()
+            if self._succession.load() != self._reported_load:
+                self._report([])  # the calibration held blocks until now
             self._succession.scheduler.check_integrity()
             self._is_idle = True
         if self._stop_at_s is not None:
             # Whoever set it had closed the inbox before: what is not in it now never comes.
             return bool(self._inbox)
-        self._wake.wait(IDLE_WAIT_S)
-        # Cleared before the inbox is read: a message that comes after it sets the event again.
-        self._wake.clear()
+        self._inbox.wait(IDLE_WAIT_S)
         return True
 
     def _read_inbox(self) -> list[TokenEvent]:
         events: list[TokenEvent] = []
-        while self._inbox:
-            message = self._inbox.popleft()
+        while (message := self._inbox.take()) is not None:
             event = None
             if isinstance(message, Abort):
                 event = self._succession.abort(message.seq_id)
@@ -265,23 +252,16 @@ class Engine:
         return counts
 
     def _request_change(self, message: Change) -> Future[None]:
-        with self._inbox_lock:
-            if self._closed_with is not None:
-                message.done.set_exception(SwitchError("the engine is stopping"))
-            else:
-                self._inbox.append(message)
-        self._wake.set()
+        if self._inbox.post(message) is not None:
+            message.done.set_exception(SwitchError("the engine is stopping"))
         return message.done
 
     def _close(self, error: str) -> None:
         """Answer everything that is or will be submitted with an error."""
-        with self._inbox_lock:
-            self._closed_with = ("error", error)
-            unread = [message for message in self._inbox if isinstance(message, Submit)]
-            changes = [m for m in self._inbox if isinstance(m, Switch | Park | Redraft)]
-            self._inbox.clear()
+        unread = self._inbox.end(error)
+        changes = [message for message in unread if isinstance(message, Switch | Park | Redraft)]
         events = self._succession.abandon(error, changes)
-        events += [_refusal(message, "error", error) for message in unread]
+        events += [_refusal(m, "error", error) for m in unread if isinstance(m, Submit)]
         self._is_idle = True
         if events:
             self._report(events)
@@ -294,10 +274,11 @@ class Engine:
         *,
         has_new_core: bool = False,
     ) -> None:
+        load = self._reported_load = self._succession.load()
         self._hand_over(
             StepReport(
                 tuple(event for event in events if event.seq_id != WARM_UP_ID),
-                self._succession.load(),
+                load,
                 step_s,
                 counts.num_tokens,
                 counts.num_drafted,

@@ -85,14 +85,14 @@ class Former:
     def move(self, target: Scheduler) -> None:
         """Hand the waiting sequences over, and a running one if `target` has caught up."""
         scheduler = self.runner.scheduler
-        for seq in scheduler.take_waiting():
+        for seq in scheduler.queues.take_waiting():
             target.adopt(seq)
-        first = scheduler.first_running
+        first = scheduler.queues.first_running
         target.is_beside_decoding = first is not None
         warm_up = self._warm_up
         if warm_up is not None and warm_up.status is not SequenceStatus.FINISHED:
             return
-        if first is None or target.is_catching_up:
+        if first is None or target.queues.is_catching_up:
             return
         worth_tokens = _WORTH_BLOCKS * self.runner.core.block_size
         if first.seq_id != self._warmed_up_id and len(first.token_ids) > worth_tokens:

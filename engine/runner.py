@@ -134,12 +134,6 @@ class Runner:
         plan = self.scheduler.schedule()
         if not plan.entries:
             return [], NOTHING
-        decoding = [
-            seq
-            for seq, _ in plan.entries
-            if seq.num_output_tokens and len(seq.token_ids) - seq.num_computed_tokens == 1
-        ]
-        num_before = sum(len(seq.token_ids) for seq in decoding)
         try:
             self.speculator.extend(plan)
             for seq in plan.admitted:
@@ -152,10 +146,7 @@ class Runner:
         events = self.scheduler.commit(plan, self._batch.sampled())
         # What Python does for a step counts too: drafts save whole steps.
         self.speculator.learn(plan, num_tokens, time.perf_counter() - began_s)
-        num_emitted = sum(len(seq.token_ids) for seq in decoding) - num_before
-        return events, StepCounts(
-            num_tokens, self.speculator.num_drafted, len(decoding), num_emitted
-        )
+        return events, StepCounts(num_tokens, plan.num_drafted, plan.num_decoding, plan.num_emitted)
 
     def change_speculation(self, speculation: Speculation) -> None:
         """Draft in another way from the next step on; core, cache and texts stay as they are.
@@ -195,12 +186,10 @@ class Runner:
             # It has ended by that; what is not known yet, serving will tell.
             log.exception("what steps and drafts cost could not be timed")
 
-    def end_calibration(self) -> bool:
-        """Time what is left of them, while nobody waits for a step; whether that freed blocks."""
-        num_held = self._blocks.num_held
+    def end_calibration(self) -> None:
+        """Time what is left of them, while nobody waits for a step."""
         for _ in self._calibration:
             pass
-        return self._blocks.num_held != num_held
 
     def _calibrate(self, policy: SpeculationPolicy) -> Generator[None]:
         """Seed what a step costs, a size at a time; where no block is free, serving will tell."""

@@ -5,41 +5,34 @@ prefill or decode phase: a sequence catches up to its tokens within the step's t
 """
 
 import time
-from bisect import insort
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
 
 from engine.batch import SampledRows
-from engine.block_manager import ROOT_DIGEST, BlockManager, block_digest
+from engine.block_manager import BlockManager
+from engine.mixed_steps import mixed_chunk
+from engine.prefix_sharing import PrefixSharing
+from engine.queues import Queues
 from engine.sequence import Sequence, SequenceStatus
 from engine.types import EngineLoad, FinishReason, TokenEvent
 from engine.verifier import accept_rows
 
-# While others decode, prompts are computed in smaller chunks: the whole budget at once would be
-# a pause of several decode steps in every running stream.
-MIXED_STEP_TOKENS = 128
-MIN_MIXED_CHUNK = 40
-
-
-def mixed_chunk(num_open: int, num_decoding: int) -> int:
-    """Tokens of prompts that a step may compute beside sequences that decode.
-
-    Beside num_open decoding ones, so many take about as long as two steps without them: decoding
-    waits for the weights' memory, which 16 tokens of a prompt wait for as well, and costs as much
-    as 1.5 prompt tokens for each sequence (int4 weights on AVX-512 VNNI: 2 ms, 0.23 ms and 0.34
-    ms). Gaps between tokens thus stay within a few times their median; and where many have yet to
-    start, they need not wait for the few that have.
-    """
-    most = min(16 + 3 * num_open, MIXED_STEP_TOKENS - num_decoding)
-    return max(most, MIN_MIXED_CHUNK)
+# Steps that the mean number of drafts is taken over.
+DRAFT_MEMORY = 16.0
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """Which sequences a step advances, by how many tokens; `admitted` ones are new to a lane."""
+    """Which sequences a step advances, by how many tokens; `admitted` ones are new to a lane.
+
+    The commit adds how many of them decoded, with how many drafts, and what they got.
+    """
 
     entries: list[tuple[Sequence, int]] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    num_decoding: int = 0
+    num_drafted: int = 0
+    num_emitted: int = 0
 
 
 class Scheduler:
@@ -55,107 +48,69 @@ class Scheduler:
     ) -> None:
         self._blocks = blocks
         self._block_size = blocks.block_size
-        self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
         self._max_model_len = max_model_len
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._sequences: dict[int, Sequence] = {}
-        self._free_lanes = list(range(max_sequences - 1, -1, -1))
-        # Blocks that a running sequence will have computed and published soon, by digest.
-        self._computing: dict[bytes, Sequence] = {}
+        self.queues = Queues(max_sequences)
+        self._prefixes = PrefixSharing(blocks)
         # Whether others decode on another core between two steps of this one; see migration.py.
         self.is_beside_decoding = False
+        self._num_drafted = 0.0  # lately, for each sequence that decoded
         self._num_preemptions = 0
-        self._num_prefix_queried_tokens = 0
-        self._num_prefix_hit_tokens = 0
         self._num_steps = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self.queues.by_id)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence whose prompt leaves room for at least one token."""
-        assert seq.seq_id not in self._sequences, f"sequence {seq.seq_id} submitted twice"
         assert 0 < seq.num_prompt_tokens < self._max_model_len
-        self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_rank)
+        self.queues.add(seq)
 
     def abort(self, seq_id: int) -> TokenEvent | None:
         """End a sequence between two steps; its blocks are free on return."""
-        seq = self._sequences.get(seq_id)
+        seq = self.queues.by_id.get(seq_id)
         return None if seq is None else self._end(seq, "abort")
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> list[TokenEvent]:
-        return [self._end(seq, reason, error) for seq in list(self._sequences.values())]
+        return [self._end(seq, reason, error) for seq in list(self.queues.by_id.values())]
 
     def abandon(self, error: str) -> list[TokenEvent]:
         """End all sequences after a bug, without touching books that may not add up any more."""
-        sequences = list(self._sequences.values())
-        self._sequences.clear()
+        sequences = list(self.queues.by_id.values())
+        self.queues.by_id.clear()
         return [seq.event(finish_reason="error", error=error) for seq in sequences]
 
     # A core that takes over from another brings a scheduler of its own; see migration.py.
 
-    @property
-    def is_catching_up(self) -> bool:
-        """Whether a sequence waits, or still lacks more than its next token."""
-        return bool(self._waiting) or any(
-            len(seq.token_ids) - seq.num_computed_tokens > 1 for seq in self._running
-        )
-
-    def take_waiting(self) -> list[Sequence]:
-        """Give up the sequences that wait."""
-        taken, self._waiting = self._waiting, []
-        for seq in taken:
-            del self._sequences[seq.seq_id]
-        return taken
-
-    @property
-    def first_running(self) -> Sequence | None:
-        """The running sequence of the first rank."""
-        return self._running[0] if self._running else None
-
     def take(self, seq: Sequence) -> Sequence:
         """Give up a running sequence, to be computed again elsewhere."""
         self._suspend(seq)
-        self._waiting.remove(seq)
-        del self._sequences[seq.seq_id]
+        self.queues.remove(seq)
         return seq
 
     def adopt(self, seq: Sequence) -> None:
         """Queue a sequence that another scheduler gave up; it keeps its place by arrival."""
         seq.awaited_digest = None
-        self._sequences[seq.seq_id] = seq
-        insort(self._waiting, seq, key=_by_rank)
+        self.queues.add(seq)
 
     def forget_hidden(self) -> None:
         """Note that the hidden states of what is computed by now were kept for nobody."""
-        for seq in self._running:
+        for seq in self.queues.running:
             seq.first_computed = (
                 self._blocks.num_blocks_for(seq.num_computed_tokens) * self._block_size
             )
 
     def suspend_all(self) -> None:
         """Put every running sequence back in the queue."""
-        for seq in list(self._running):
+        for seq in list(self.queues.running):
             self._suspend(seq)
 
     def continue_counts(self, former: "Scheduler") -> None:
         """Go on counting where another scheduler is."""
         self._num_preemptions = former._num_preemptions
-        self._num_prefix_queried_tokens = former._num_prefix_queried_tokens
-        self._num_prefix_hit_tokens = former._num_prefix_hit_tokens
+        self._prefixes.continue_counts(former._prefixes)
         self._num_steps = former._num_steps
-
-    @property
-    def longest_end(self) -> int:
-        """Tokens that the longest sequence may come to have."""
-        return max(
-            (seq.num_prompt_tokens + seq.params.max_tokens for seq in self._sequences.values()),
-            default=0,
-        )
 
     def schedule(self) -> StepPlan:
         """Plan a step: running sequences first, then waiting ones, in order of rank."""
@@ -163,7 +118,7 @@ class Scheduler:
         num_preemptions = self._num_preemptions
         budget = self._schedule_running(plan)
         # Blocks that were just taken from somebody are not for a newcomer.
-        if self._waiting and num_preemptions == self._num_preemptions:
+        if self.queues.waiting and num_preemptions == self._num_preemptions:
             self._admit(plan, budget)
         return plan
 
@@ -171,20 +126,33 @@ class Scheduler:
         """Advance the plan's sequences by what the step computed and sampled."""
         self._num_steps += 1
         events: list[TokenEvent] = []
-        block_size = self._block_size
+        block_size, max_model_len = self._block_size, self._max_model_len
         row_start = rows.start
         for index, (seq, num_new_tokens) in enumerate(plan.entries):
+            num_drafts = len(seq.draft_ids)
+            is_decoding = (
+                num_new_tokens == 1 + num_drafts and len(seq.token_ids) > seq.num_prompt_tokens
+            )
             seq.num_computed_tokens += num_new_tokens
             first_row, end_row = row_start[index], row_start[index + 1]
             event = None
             if first_row != end_row:
-                event = accept_rows(seq, rows, first_row, end_row, self._max_model_len)
+                event = accept_rows(seq, rows, first_row, end_row, max_model_len)
             if seq.num_computed_tokens // block_size > seq.num_published_blocks:
-                self._publish(seq)
-            if event is not None:
-                events.append(event)
-                if event.finish_reason is not None:
-                    self._leave(seq)
+                self._prefixes.publish(seq)
+            if event is None:
+                continue
+            events.append(event)
+            if is_decoding:
+                plan.num_decoding += 1
+                plan.num_drafted += num_drafts
+                plan.num_emitted += len(event.token_ids)
+            if event.finish_reason is not None:
+                self._leave(seq)
+        if plan.num_decoding:
+            self._num_drafted += (
+                plan.num_drafted / plan.num_decoding - self._num_drafted
+            ) / DRAFT_MEMORY
         return events
 
     def draft_room(self, seq: Sequence, wanted: int) -> int:
@@ -199,7 +167,7 @@ class Scheduler:
         if room <= 0:
             return 0
         count = self._blocks.num_blocks_for(num_tokens + room) - len(seq.block_ids)
-        if count > 0 and self._blocks.num_free >= count + len(self._running):
+        if count > 0 and self._blocks.num_free >= count + len(self.queues.running):
             seq.block_ids += self._blocks.allocate(count)
         return min(room, len(seq.block_ids) * self._block_size - num_tokens)
 
@@ -209,41 +177,31 @@ class Scheduler:
 
     def load(self) -> EngineLoad:
         return EngineLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=len(self.queues.running),
+            num_waiting=len(self.queues.waiting),
             num_free_blocks=self._blocks.num_free,
             num_held_blocks=self._blocks.num_held,
             num_total_blocks=self._blocks.num_blocks,
             num_preemptions=self._num_preemptions,
-            num_prefix_queried_tokens=self._num_prefix_queried_tokens,
-            num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            num_prefix_queried_tokens=self._prefixes.num_queried_tokens,
+            num_prefix_hit_tokens=self._prefixes.num_hit_tokens,
             num_steps=self._num_steps,
         )
 
     def check_integrity(self) -> None:
         """Raise AssertionError where blocks, lanes and queues do not add up."""
-        self._blocks.check_integrity([seq.block_ids for seq in self._running])
-        lanes = [seq.lane for seq in self._running] + self._free_lanes
-        assert sorted(lanes) == list(range(self._max_sequences)), "lanes lost or used twice"
-        queued = self._waiting + self._running
-        assert {id(seq) for seq in queued} == {id(seq) for seq in self._sequences.values()}
-        for queue in (self._waiting, self._running):
-            assert queue == sorted(queue, key=_by_rank), "a queue is out of order"
-        for seq in self._waiting:
-            assert not seq.block_ids, f"waiting {seq.seq_id} holds blocks"
-            assert seq.lane < 0, f"waiting {seq.seq_id} has a lane"
-        for seq in self._computing.values():
-            assert seq.status is SequenceStatus.RUNNING, "a block awaits a sequence that left"
+        self._blocks.check_integrity([seq.block_ids for seq in self.queues.running])
+        self.queues.check_integrity()
+        self._prefixes.check_integrity()
 
     def _schedule_running(self, plan: StepPlan) -> int:
         """Plan the running sequences and return what is left of the token budget."""
-        running = self._running
+        running = self.queues.running
         # A sequence that lacks one token always gets it: max_step_tokens >= max_sequences.
         num_decoding = sum(len(seq.token_ids) - seq.num_computed_tokens == 1 for seq in running)
         budget = self._max_step_tokens - num_decoding
         if num_decoding or self.is_beside_decoding:
-            num_open = len(running) + len(self._waiting)
-            budget = min(budget, mixed_chunk(num_open, num_decoding))
+            budget = min(budget, self._mixed_chunk(num_decoding))
         block_size = self._block_size
         index = 0
         while index < len(running):
@@ -260,15 +218,31 @@ class Scheduler:
             index += 1
         return budget
 
+    def _mixed_chunk(self, num_decoding: int) -> int:
+        """Tokens of prompts that a step may compute beside so many sequences that decode."""
+        running = self.queues.running
+        # Those that wait count as far as there are lanes: where many have yet to start, they need
+        # not wait for the few that have.
+        starting = self.queues.waiting[: len(self.queues.free_lanes)]
+        num_prompt_tokens = sum(len(seq.token_ids) for seq in starting) - num_decoding
+        for seq in running:
+            num_prompt_tokens += len(seq.token_ids) - seq.num_computed_tokens
+        return mixed_chunk(
+            len(running) + len(starting),
+            num_decoding,
+            num_decoding * self._num_drafted,
+            num_prompt_tokens,
+        )
+
     def _grow(self, seq: Sequence) -> bool:
         """Give `seq` blocks for its tokens, taking them from those of the last rank if need be.
 
-        False where `seq` itself was the last. `_running` is in order of rank and planned
+        False where `seq` itself was the last. Who runs is in order of rank and planned
         from its head, so no victim is in the plan yet.
         """
         count = self._blocks.num_blocks_for(len(seq.token_ids)) - len(seq.block_ids)
         while self._blocks.num_free < count:
-            victim = self._running[-1]
+            victim = self.queues.running[-1]
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -282,18 +256,18 @@ class Scheduler:
 
     def _suspend(self, seq: Sequence) -> None:
         self._release(seq)
+        self.queues.suspend(seq)
         seq.num_computed_tokens = 0
         if seq.needs_prompt_logprobs:
             seq.prompt_logprobs = [None]
-        seq.status = SequenceStatus.WAITING
-        insort(self._waiting, seq, key=_by_rank)
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         """Start waiting sequences while tokens, lanes and blocks last."""
+        queues = self.queues
         index = 0
-        while budget and index < len(self._waiting) and self._free_lanes:
-            seq = self._waiting[index]
-            prefix = self._usable_prefix(seq)
+        while budget and index < len(queues.waiting) and queues.free_lanes:
+            seq = queues.waiting[index]
+            prefix = self._prefixes.usable(seq)
             if prefix is None:
                 index += 1
                 continue
@@ -301,73 +275,28 @@ class Scheduler:
             count = self._blocks.num_blocks_for(num_tokens) - len(prefix)
             # A block to spare for each running sequence: admitting into the last ones would
             # only preempt somebody a few steps later.
-            num_reserved = len(self._running) + 1 if self._running else 0
+            num_reserved = len(queues.running) + 1 if queues.running else 0
             num_free = self._blocks.num_free - self._blocks.num_free_among(prefix)
             if num_free < count + num_reserved:
                 return
-            del self._waiting[index]
-            self._start(seq, prefix, count)
+            queues.start(index)
+            self._give(seq, prefix, count)
             num_new_tokens = min(num_tokens - seq.num_computed_tokens, budget)
             budget -= num_new_tokens
             plan.entries.append((seq, num_new_tokens))
             plan.admitted.append(seq)
 
-    def _usable_prefix(self, seq: Sequence) -> Row[int] | None:
-        """Find the cached blocks that `seq` can start from; None: somebody computes more of them.
-
-        Equal prompts that arrive together thus wait for the first of them, instead of each
-        computing the same blocks.
-        """
-        if seq.needs_prompt_logprobs:
-            return []
-        if seq.awaited_digest is not None and seq.awaited_digest in self._computing:
-            return None
-        num_tokens = len(seq.token_ids)
-        self._extend_digests(seq, num_tokens // self._block_size)
-        # The last token is computed in any case: its logits are wanted.
-        max_blocks = (num_tokens - 1) // self._block_size
-        prefix = self._blocks.find_prefix(seq.block_digests, max_blocks)
-        if len(prefix) < max_blocks and seq.block_digests[len(prefix)] in self._computing:
-            seq.awaited_digest = seq.block_digests[len(prefix)]
-            return None
-        seq.awaited_digest = None
-        return prefix
-
-    def _start(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
+    def _give(self, seq: Sequence, prefix: Row[int], num_new_blocks: int) -> None:
+        """Give a sequence that starts the blocks of its tokens."""
         self._blocks.share(prefix)
         seq.block_ids = [*prefix, *self._blocks.allocate(num_new_blocks)]
         seq.num_published_blocks = len(prefix)
         seq.num_computed_tokens = seq.first_computed = len(prefix) * self._block_size
-        seq.lane = self._free_lanes.pop()
-        seq.num_starts += 1
-        seq.status = SequenceStatus.RUNNING
-        insort(self._running, seq, key=_by_rank)
-        for digest in seq.block_digests[len(prefix) :]:
-            self._computing.setdefault(digest, seq)
+        self._prefixes.announce(seq)
         if seq.queued_s is None:
             seq.queued_s = time.monotonic() - seq.arrived_at_s
             seq.num_cached_tokens = seq.num_computed_tokens
-            if not seq.needs_prompt_logprobs:
-                self._num_prefix_queried_tokens += seq.num_prompt_tokens
-                self._num_prefix_hit_tokens += seq.num_cached_tokens
-
-    def _extend_digests(self, seq: Sequence, num_blocks: int) -> None:
-        digests = seq.block_digests
-        size = self._block_size
-        for index in range(len(digests), num_blocks):
-            parent = digests[-1] if digests else ROOT_DIGEST
-            digests.append(block_digest(parent, seq.token_ids[index * size : (index + 1) * size]))
-
-    def _publish(self, seq: Sequence) -> None:
-        """Let others share the blocks that `seq` has filled."""
-        num_full = seq.num_computed_tokens // self._block_size
-        self._extend_digests(seq, num_full)
-        for index in range(seq.num_published_blocks, num_full):
-            digest = seq.block_digests[index]
-            self._blocks.publish(seq.block_ids[index], digest)
-            if self._computing.get(digest) is seq:
-                del self._computing[digest]
-        seq.num_published_blocks = num_full
+            self._prefixes.count(seq)
 
     def _end(self, seq: Sequence, reason: FinishReason, error: str | None = None) -> TokenEvent:
         self._leave(seq)
@@ -376,23 +305,12 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         if seq.status is SequenceStatus.RUNNING:
             self._release(seq)
-        else:
-            self._waiting.remove(seq)
+        self.queues.remove(seq)
         seq.status = SequenceStatus.FINISHED
-        del self._sequences[seq.seq_id]
 
     def _release(self, seq: Sequence) -> None:
-        """Take everything that running gave to a sequence back from it."""
-        self._running.remove(seq)
-        for digest in seq.block_digests[seq.num_published_blocks :]:
-            if self._computing.get(digest) is seq:
-                del self._computing[digest]
+        """Take its blocks back from a running sequence."""
+        self._prefixes.withdraw(seq)
         self._blocks.release(seq.block_ids)
         seq.block_ids = []
         seq.num_published_blocks = 0
-        self._free_lanes.append(seq.lane)
-        seq.lane = -1
-
-
-def _by_rank(seq: Sequence) -> tuple[float, int]:
-    return seq.rank

@@ -103,7 +103,7 @@ class Sequence:
         drafts = None if self.draft_stats is None else self.draft_stats.summary()
         if self.reported:
             return TokenEvent(
-                self.seq_id, token_ids, finish_reason, logprobs, error=error, drafts=drafts
+                self.seq_id, token_ids, finish_reason, logprobs, None, 0, None, error, drafts
             )
         self.reported = True
         prompt_logprobs = None

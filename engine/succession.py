@@ -76,7 +76,7 @@ class Succession:
         if isinstance(change, Park):
             has_come = is_over or not self.scheduler.has_work
         else:
-            needed, length = self.scheduler.longest_end, change.settings.max_model_len
+            needed, length = self.scheduler.queues.longest_end, change.settings.max_model_len
             has_come = is_over or self.is_parked or needed <= length
         if not has_come and not change.done.cancelled():
             return
@@ -102,7 +102,7 @@ class Succession:
         former.move(self.scheduler)
         if not former.runner.scheduler.has_work:
             # Once all have caught up the new core has shown that it can step.
-            if not self.scheduler.is_catching_up:
+            if not self.scheduler.queues.is_catching_up:
                 self._former = None
                 self._is_new = True
                 former.switch.done.set_result(None)
@@ -195,7 +195,7 @@ class Succession:
         """Go back to the former core with all sequences."""
         self.scheduler.abort(WARM_UP_ID)
         self.scheduler.suspend_all()
-        for seq in self.scheduler.take_waiting():
+        for seq in self.scheduler.queues.take_waiting():
             former.runner.scheduler.adopt(seq)
         self.runner = former.runner
         self._former = None

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from engine.scheduler import MIXED_STEP_TOKENS, mixed_chunk
+from engine.mixed_steps import mixed_chunk
 from server.cost_model import Costs
 
 
@@ -141,7 +141,7 @@ class Outlook:
         num_work_tokens = num_own_tokens
         if ask.max_tokens is None:  # its prompt is not encoded yet: it counts as a mean one
             num_work_tokens = costs.mean_prompt_tokens * costs.uncached_share
-        steady_s = costs.step_s(_steady_tokens(num_decoding, costs))
+        steady_s = costs.step_s(_steady_tokens(num_decoding, costs, limits))
         wait_s = max(
             start_step * steady_s,
             _prefill_s(self._num_ahead_tokens, num_decoding, costs, limits),
@@ -154,8 +154,9 @@ class Outlook:
         idle_ttft_s = _prefill_s(num_own_tokens, 0, costs, limits)
         share_s = costs.decode_s(limits.max_sequences) / limits.max_sequences
         num_full_tokens = limits.max_sequences * costs.verified_per_step
-        mixed_s = costs.step_s(MIXED_STEP_TOKENS + num_full_tokens)
-        prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / MIXED_STEP_TOKENS
+        chunk = _chunk(num_work_tokens, limits.max_sequences, costs, limits)
+        mixed_s = costs.step_s(chunk + num_full_tokens)
+        prompt_token_s = (mixed_s - costs.step_s(num_full_tokens)) / chunk
         return Forecast(
             ttft_s=ttft_s,
             end_s=ttft_s + (num_output - 1) * costs.decode_s(width),
@@ -201,25 +202,34 @@ class _Lanes:
         return step
 
 
+def _chunk(num_tokens: float, num_decoding: int, costs: Costs, limits: Limits) -> int:
+    """Tokens of prompts that a step computes beside so many decoding sequences."""
+    num_drafted = num_decoding * (costs.verified_per_step - 1)
+    chunk = mixed_chunk(num_decoding, num_decoding, num_drafted, num_tokens)
+    return max(1, min(chunk, limits.max_step_tokens - num_decoding))
+
+
 def _prefill_s(num_tokens: float, num_decoding: int, costs: Costs, limits: Limits) -> float:
     """Seconds to compute so many tokens of prompts beside decoding sequences."""
     if num_tokens <= 0:
         return 0.0
-    chunk = limits.max_step_tokens
-    if num_decoding:
-        chunk = min(chunk, mixed_chunk(num_decoding, num_decoding))
+    chunk = (
+        _chunk(num_tokens, num_decoding, costs, limits) if num_decoding else limits.max_step_tokens
+    )
     num_full, rest = divmod(num_tokens, chunk)
     num_beside = num_decoding * costs.verified_per_step
     full_s = num_full * costs.step_s(chunk + num_beside) if num_full else 0.0
     return full_s + (costs.step_s(rest + num_beside) if rest else 0.0)
 
 
-def _steady_tokens(num_decoding: int, costs: Costs) -> float:
+def _steady_tokens(num_decoding: int, costs: Costs, limits: Limits) -> float:
     """Tokens of a mean step while one sequence follows the other."""
     num_steps = costs.mean_output_tokens / costs.tokens_per_step
     per_sequence = costs.mean_prompt_tokens * costs.uncached_share / num_steps
     num_drafts = num_decoding * (costs.verified_per_step - 1)
-    most = num_decoding + mixed_chunk(num_decoding, num_decoding)
+    most = num_decoding + _chunk(
+        num_decoding * costs.mean_prompt_tokens, num_decoding, costs, limits
+    )
     mixed = min(num_decoding * (1 + per_sequence), most)
     return mixed + num_drafts
 

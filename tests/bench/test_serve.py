@@ -227,6 +227,27 @@ def test_prompts_are_the_same_for_a_seed_and_begin_differently(tmp_path: Path) -
         assert len({prompt.split()[0] for prompt in prompts}) == 50
 
 
+def test_contexts_are_measured_with_one_stream_each_and_drawn_beside_the_levels(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "chart.png"
+    code, document = measure(
+        server,
+        tmp_path,
+        *("--concurrency", "1,2", "--requests-per-level", "2", "--output-tokens", "2"),
+        *("--contexts", "50,400", "--plot", str(plot)),
+    )
+    assert code == 0
+    assert [level["concurrency"] for level in document["levels"]] == [1, 2]
+    contexts = document["contexts"]
+    assert [level["concurrency"] for level in contexts] == [1, 1]
+    assert [level["mean_prompt_tokens"] for level in contexts] == pytest.approx([50, 400], abs=2)
+    prompts = [body["prompt"] for body in server.bodies]
+    assert len(set(prompts)) == len(prompts), "a prompt that was sent before may be cached"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_percentiles_are_interpolated() -> None:
     assert percentile([5.0], 0.99) == 5.0
     assert percentile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5

@@ -124,8 +124,9 @@ def test_a_sequence_decodes_on_while_the_new_core_warms_up_for_it(client: Client
 def test_the_new_core_computes_texts_in_small_chunks_while_others_decode(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler, "MIXED_STEP_TOKENS", 8)
-    monkeypatch.setattr(scheduler, "MIN_MIXED_CHUNK", 4)
+    monkeypatch.setattr(
+        scheduler, "mixed_chunk", lambda num_open, num_decoding, *_: 8 - num_decoding
+    )
     free = _slow(client)
     for i in range(3):
         client.submit(*range(1 + i, 25 + i), max_tokens=20, ignore_eos=True, seed=i)

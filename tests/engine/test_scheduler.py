@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from engine.batch import Batch, SampledRows
 from engine.block_manager import BlockManager
-from engine.scheduler import Scheduler, StepPlan, mixed_chunk
+from engine.mixed_steps import MIN_MIXED_CHUNK, mixed_chunk
+from engine.scheduler import Scheduler, StepPlan
 from engine.sequence import Sequence
 from engine.types import SamplingParams, Submit, TokenEvent
 from tests.engine.fake_core import VOCAB_SIZE, FakeCore, expected_output, logprob, top_ids
@@ -451,7 +452,51 @@ def test_a_long_prompt_is_computed_in_short_steps_only_while_others_decode() -> 
     for _ in range(3):
         plan = scheduler.schedule()
         sizes = {seq.seq_id: count for seq, count in plan.entries}
-        assert sizes == {0: 1, 1: mixed_chunk(2, 1)}
+        assert sizes == {0: 1, 1: MIN_MIXED_CHUNK}
         scheduler.commit(plan, SampledRows([0, 1, 1], [1], none[0], none.astype(np.int32), none))
     scheduler.abort(0)
     assert [count for _, count in scheduler.schedule().entries] == [512]
+
+
+def test_prompts_have_a_larger_part_of_steps_that_verify_many_drafts() -> None:
+    scheduler = Scheduler(
+        BlockManager(200, 16), max_sequences=8, max_step_tokens=512, max_model_len=2000
+    )
+    none = np.zeros((1, 20), np.float32)
+    short, long = (
+        Sequence(
+            Submit(seq_id, tuple(range(1, size)), SamplingParams(max_tokens=300), 0.0), EOS, seq_id
+        )
+        for seq_id, size in ((0, 4), (1, 1500))
+    )
+    scheduler.add(short)
+    num_drafts = 0
+    for _ in range(100):
+        plan = scheduler.schedule()
+        short.draft_ids = [5] * num_drafts  # all of them wrong
+        num_rows = 1 + num_drafts
+        plan.entries[0] = (short, max(num_rows, plan.entries[0][1]))
+        rows = SampledRows([0, num_rows], [1] * num_rows, none[0], none.astype(np.int32), none)
+        scheduler.commit(plan, rows)
+        num_drafts = 30
+    scheduler.add(long)
+    chunk = mixed_chunk(2, 1, 30, 1499)
+    assert chunk > MIN_MIXED_CHUNK
+    assert [count for _, count in scheduler.schedule().entries] == [1, chunk]
+
+
+def test_chunks_beside_many_streams_grow_with_the_prompts_that_wait_as_far_as_drafts_hide_it() -> (
+    None
+):
+    few, many = (mixed_chunk(32, 24, 96, num_tokens) for num_tokens in (128, 1000))
+    assert 2 * few < many
+    assert 2 * mixed_chunk(32, 24, 0, 1000) < many
+
+
+def test_a_prompt_beside_decoding_sequences_is_computed_in_equal_parts() -> None:
+    left, parts = 130, []
+    while left:
+        parts.append(mixed_chunk(8, 7, 0, left))
+        left -= parts[-1]
+    assert len(parts) == 4
+    assert max(parts) - min(parts) <= 1
