@@ -72,28 +72,47 @@ class MtpModule(nn.Module):
         for matrix in (self.o_proj, self.down_proj):
             nn.init.normal_(matrix.weight, std=0.01)
 
-    def unroll(self, hidden: Tensor, embedded: Tensor, depth: int) -> list[Tensor]:
-        """Normed outputs (B, L, D) of `depth` steps, each fed by the one before.
+    def unroll(
+        self, hidden: Tensor, embedded: Tensor, begins: Tensor, num_context: int, depth: int
+    ) -> list[Tensor]:
+        """Normed outputs (B, L - C, D) of `depth` steps, each fed by the one before.
 
-        `hidden` and `embedded` (B, L, D) are the target's states and the tokens after them. Step j
-        at position p has read the target's states up to p - j; its first j positions mean nothing.
+        `hidden` and `embedded` (B, L, D) are the target's states and the tokens after them, from
+        `begins` (B,) on. Of the first C = `num_context` positions there are keys and values only.
+        Step j at position p has read the target's states up to p - j: at the first j positions, of
+        a text or after the context, it means nothing.
         """
         outputs: list[Tensor] = []
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        for _ in range(depth):
-            hidden = self._step(hidden, embedded, keys, values)
+        length = hidden.shape[1]
+        column = torch.arange(length)
+        rotation = self._rotation(length)
+        for step in range(depth):
+            seen = column <= (column[num_context:, None] - step)
+            seen = seen & (column >= begins[:, None, None])
+            seen[..., 0] |= ~seen.any(-1)  # rows without a meaning still need a key
+            hidden = self._step(hidden, embedded, keys, values, seen, rotation)
             outputs.append(self.norm(hidden))
             # What position p hands to p + 1.
             hidden = functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
+            if step == 0:
+                embedded = embedded[:, num_context:]
         return outputs
 
     def _step(
-        self, hidden: Tensor, embedded: Tensor, keys: list[Tensor], values: list[Tensor]
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        seen: Tensor,
+        rotation: tuple[Tensor, Tensor],
     ) -> Tensor:
         both = torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
         x = self.eh_proj(both).float()  # sums are of floats where products are of bf16
-        x = x + self._attend(self.input_layernorm(x), keys, values)
+        mixed = self._attend(self.input_layernorm(x), keys, values, seen, rotation)
+        x = x[:, -mixed.shape[1] :] + mixed
         normed = self.post_attention_layernorm(x)
         gate = self.gate_proj(normed)
         if self.shape.activation == "silu":
@@ -104,25 +123,31 @@ class MtpModule(nn.Module):
         output: Tensor = x + self.down_proj(gated)
         return output
 
-    def _attend(self, x: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
-        """Attention of step j: the first step's keys up to p - j, then one key of each later step.
+    def _attend(
+        self,
+        x: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        seen: Tensor,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Attention of step j: the first step's keys that are `seen` (B, L - C, L), up to p - j,
+        then one key of each later step.
 
         `keys` and `values` hold those of the steps before and take this one's.
         """
         shape = self.shape
-        batch, length, _ = x.shape
+        batch, num_queries, length = seen.shape
         group = shape.num_heads // shape.num_kv_heads
-        cos, sin = self._rotation(length)
-        query = _rotate(self._heads(self.q_proj(x), shape.num_heads), cos, sin)
-        query = query.view(batch, shape.num_kv_heads, group, length, shape.head_dim)
-        query = query * shape.attention_scale
-        keys.append(_rotate(self._heads(self.k_proj(x), shape.num_kv_heads), cos, sin))
+        key = self._heads(self.k_proj(x), shape.num_kv_heads)
+        keys.append(_rotate(key, *rotation))
         values.append(self._heads(self.v_proj(x), shape.num_kv_heads))
+        query = _rotate(self._heads(self.q_proj(x[:, -num_queries:]), shape.num_heads), *rotation)
+        query = query.view(batch, shape.num_kv_heads, group, num_queries, shape.head_dim)
+        query = query * shape.attention_scale
         last = len(keys) - 1
         scores = query @ keys[0].unsqueeze(2).transpose(-1, -2)
-        seen = torch.ones(length, length, dtype=torch.bool).tril(-last)
-        seen[:last, 0] = True  # rows without a meaning still need a key
-        scores = scores.masked_fill(~seen, -torch.inf)
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         later = []
         for step in range(1, last + 1):
             key = _shift(keys[step], last - step)
@@ -132,8 +157,8 @@ class MtpModule(nn.Module):
         for step in range(1, last + 1):
             value = _shift(values[step], last - step)
             mixed = mixed + weights[..., length + step - 1, None] * value.unsqueeze(2)
-        mixed = mixed.reshape(batch, shape.num_heads, length, shape.head_dim)
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        mixed = mixed.reshape(batch, shape.num_heads, num_queries, shape.head_dim)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, num_queries, -1))
         return output
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
@@ -153,5 +178,7 @@ def _shift(x: Tensor, count: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, n, HD) at the last n of the positions that cos and sin (L, HD / 2) are of."""
+    cos, sin = cos[-x.shape[2] :], sin[-x.shape[2] :]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

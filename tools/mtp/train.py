@@ -36,7 +36,7 @@ class TrainSettings:
     """What a run is made of; a checkpoint keeps it."""
 
     num_rows: int  # answer positions to learn from, the same ones again in every epoch
-    batch_rows: int = 3072  # positions of a batch, prompts and padding included
+    batch_rows: int = 2048  # positions of a batch, padding included, contexts at a quarter
     matrix_lr: float = 0.02
     vector_lr: float = 2e-3
     weight_decay: float = 0.01
@@ -165,14 +165,21 @@ class Trainer:
             targets /= targets.sum(-1, keepdim=True)
         embedded = self._embedding[windows.token_ids[:, 1:]]
         with self._in_bf16():
-            outputs = self.module.unroll(windows.hidden, embedded, len(_DEPTH_WEIGHTS))
+            outputs = self._unroll(windows, embedded, len(_DEPTH_WEIGHTS))
+        drafting = rows[:, windows.num_context :]
+        lead = index[:, 1] - windows.begins[index[:, 0]]
         loss = torch.zeros(())
         for depth, (weight, output) in enumerate(zip(_DEPTH_WEIGHTS, outputs, strict=True)):
-            means_something = index[:, 1] >= depth
-            logits = output[rows].float() @ head.T
+            means_something = lead >= depth
+            logits = output[drafting].float() @ head.T
             errors = functional.cross_entropy(logits, targets, reduction="none")
             loss = loss + weight * (errors * means_something).sum() / means_something.sum()
         return loss / sum(_DEPTH_WEIGHTS)
+
+    def _unroll(self, windows: Windows, embedded: Tensor, depth: int) -> list[Tensor]:
+        return self.module.unroll(
+            windows.hidden, embedded, windows.begins, windows.num_context, depth
+        )
 
     def _describe(self, losses: list[float], held_out: AnswerSet) -> str:
         acceptance = self.evaluate(held_out)
@@ -192,18 +199,18 @@ class Trainer:
         accepted = np.zeros(_EVALUATED_DRAFTS)
         num_tokens = num_steps = 0
         for windows in held_out.batches(np.random.default_rng(0), self.settings.batch_rows):
-            length = windows.hidden.shape[1]
             embedded = self._embedding[windows.token_ids[:, 1:]]
-            outputs = self.module.unroll(windows.hidden, embedded, _EVALUATED_DRAFTS)
-            wanted = self._draft_index[windows.token_ids[:, 2:]]  # (B, L - 1)
+            outputs = self._unroll(windows, embedded, _EVALUATED_DRAFTS)
+            begin = windows.num_context
+            wanted = self._draft_index[windows.token_ids[:, begin + 2 :]]  # (B, L - C - 1)
             hits = [(output[:, :-1] @ self._head.T).argmax(-1) == wanted for output in outputs]
             for row in range(len(wanted)):
-                positions = windows.is_answer[row].nonzero()[:, 0].tolist()
+                positions = windows.is_answer[row, begin:].nonzero()[:, 0].tolist()
                 p, end = positions[0], positions[-1] + 1
                 while p < end:
                     num_steps += 1
                     count = 0
-                    while count < min(_EVALUATED_DRAFTS, end - p, length - 1 - p):
+                    while count < min(_EVALUATED_DRAFTS, end - p):
                         reached[count] += 1
                         if not hits[count][row, p + count]:
                             break
