@@ -16,7 +16,7 @@ from engine.speculation.costs import Costs
 from engine.speculation.drafter import NO_DRAFT, Draft, Drafter
 from engine.speculation.models import Ask, ModelDrafters
 from engine.speculation.plan import Choice, choose_counts
-from engine.speculation.probes import ProbeCredit
+from engine.speculation.probes import ProbeCredit, Rest
 from engine.speculation.profiles import DraftProfiles, RecentDrafts
 from engine.speculation.single_stream import LongRunRate, SingleStep
 from engine.speculation.speedup import SpeedupMeter
@@ -26,10 +26,6 @@ log = logging.getLogger(__name__)
 
 FREE_PROBE_DRAFTS = 4
 FORGET_EVERY = 512  # steps
-# Under load, after so many steps in which nothing paid, only every fourth step is looked at.
-REST_AFTER = 32
-REST_TOKENS = 4
-LOOK_EVERY = 4
 SPEEDUP_MEMORY = 16.0  # steps
 
 
@@ -60,7 +56,7 @@ class SpeculationPolicy:
         self._pending: dict[int, list[Draft]] = {}  # what was drafted for the coming step
         self._verified: dict[int, Draft] = {}  # of that, what goes into it
         self._credit = ProbeCredit()
-        self._unpaid_plain_s: float | None = None  # what a step with a probe would have taken
+        self._rest = Rest()
         self._speedup = 1.0  # against no drafts, that recent choices promised
         self._single_rate = LongRunRate()
         self._num_calls = 0
@@ -69,7 +65,6 @@ class SpeculationPolicy:
         # drafted and emitted.
         self._draft_s = self._models_s = 0.0
         self._num_sequences = self._num_drafted = self._num_emitted = 0
-        self._num_resting = 0  # steps in a row in which nothing paid
         self._max_drafts = max((drafter.max_drafts for drafter in drafters), default=0)
         self._recent = RecentDrafts(self._max_drafts)
 
@@ -100,7 +95,7 @@ class SpeculationPolicy:
         self._num_calls += 1
         self._num_sequences, self._num_drafted, self._num_emitted = len(candidates), 0, 0
         self._models_s = 0.0
-        self._unpaid_plain_s = None
+        self._credit.begin_step()
         self._pending.clear()
         self._verified.clear()
         if self._num_calls % FORGET_EVERY == 0:
@@ -111,7 +106,7 @@ class SpeculationPolicy:
             return [self._draft_single(candidates[0])]
         times_s = self.costs.step.times_s()
         step = StepDrafts(candidates, num_other_tokens, times_s, self._max_drafts)
-        if not step.open or not self.costs.step.is_known or self._is_resting(step.base_tokens):
+        if not step.open or not self.costs.step.is_known or self._rest.is_on(step.base_tokens):
             return step.drafts
         if not num_other_tokens and self._is_plain_due(candidates):
             return step.drafts
@@ -145,7 +140,7 @@ class SpeculationPolicy:
             if ask is not None:
                 self._ask_single(step, ask)
         if not step.count and step.free_draft.token_ids and self._credit.is_left:
-            self._unpaid_plain_s = seconds[1]
+            self._credit.owe(seconds[1])
             count = min(FREE_PROBE_DRAFTS, len(step.free_draft.token_ids))
             step.force(step.free_draft, [], count)
         self._single_rate.observe(step.emitted, step.expected_s)
@@ -162,7 +157,7 @@ class SpeculationPolicy:
         ((draft,), draft_s) = called
         step.sunk_s += draft_s
         if ask.verified:
-            self._unpaid_plain_s = step.seconds[1]
+            self._credit.owe(step.seconds[1])
         survivals = self.acceptance[ask.name].survivals_of(step.seq_id, draft)
         if self.drafters[ask.name].is_free:
             step.free_draft = draft
@@ -201,9 +196,7 @@ class SpeculationPolicy:
             self._num_sequences, self._num_drafted, self._num_emitted, self._draft_s, step_s
         )
         self.costs.step.observe(num_step_tokens, step_s)
-        if self._unpaid_plain_s is not None:
-            self._credit.pay(step_s - self._unpaid_plain_s)
-        self._credit.earn(step_s)
+        self._credit.end_step(step_s)
 
     def _ask(self, step: StepDrafts, ask: Ask) -> None:
         """Ask a drafter and put its drafts into the step, over those that are there."""
@@ -215,7 +208,7 @@ class SpeculationPolicy:
         drafts, draft_s = called
         step.sunk_s += draft_s
         if ask.verified:
-            self._unpaid_plain_s = step.seconds(0)
+            self._credit.owe(step.seconds(0))
         if not any(draft.token_ids for draft in drafts):
             return
         acceptance = self.acceptance[ask.name]
@@ -277,7 +270,7 @@ class SpeculationPolicy:
         counts = choice.counts
         for index, count in step.forced.items():
             counts[index] = count
-        self._num_resting = 0 if choice.num_verified else self._num_resting + 1
+        self._rest.observe(step.base_tokens, choice.num_verified)
         if not choice.num_verified:
             self._probe_free(step, counts)
         load = len(step.candidates), step.base_tokens
@@ -289,13 +282,6 @@ class SpeculationPolicy:
             step.drafts[index] = draft.truncated(count)
         return step.drafts
 
-    def _is_resting(self, base_tokens: int) -> bool:
-        """Whether this step is not worth a look: under a load where drafts did not pay lately."""
-        if self._num_resting < REST_AFTER or base_tokens < REST_TOKENS:
-            return False
-        is_alike = abs(base_tokens - self.last_load[1]) <= REST_TOKENS // 2
-        return is_alike and self._num_calls % LOOK_EVERY != 0
-
     def _probe_free(self, step: StepDrafts, counts: list[int]) -> None:
         """Verify a draft that cost nothing now and then, where none promises to pay."""
         index = step.open[self._num_calls % len(step.open)]
@@ -303,7 +289,7 @@ class SpeculationPolicy:
         if not count or counts[index] or not self.drafters[step.drafts[index].drafter].is_free:
             return
         if self._credit.is_left and step.is_decoding_only:
-            self._unpaid_plain_s = step.seconds(0)
+            self._credit.owe(step.seconds(0))
             counts[index] = count
 
     def _is_plain_due(self, candidates: list[Candidate]) -> bool:
