@@ -6,7 +6,8 @@ bench.distribution does the same with 200,000 samples of each.
 import pytest
 from msgspec.structs import replace
 
-from bench.distribution import OPTIONS, TinyModel, fit, sample
+from bench.distribution import OPTIONS, fit, sample
+from bench.exact_model import TinyModel
 
 NUM_SAMPLES = 6000
 
