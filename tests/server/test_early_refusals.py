@@ -241,6 +241,21 @@ def test_requests_that_come_together_are_answered_in_order(opened: list[int]) ->
     run(main())
 
 
+def test_a_connection_takes_any_number_of_refusals(
+    opened: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.overload._GATHER_S", 0.0)
+
+    async def main() -> None:
+        async with overloaded(opened) as (_, client, _):
+            for number in range(100):
+                assert (await client.ask(BODY | {"seed": number})).status == 429
+            client.writer.write(HEALTH + HEALTH)  # aiohttp's parser counts what it still waits for
+            assert [(await client.answer()).status for _ in range(2)] == [200, 200]
+
+    run(main())
+
+
 def test_who_was_refused_may_keep_the_connection_or_close_it(opened: list[int]) -> None:
     async def main() -> None:
         async with overloaded(opened, header_timeout_s=0.3) as (_, client, _):
