@@ -16,7 +16,9 @@ from bench.summary import Level
 def _draw(axes: Axes, label: str, sizes: Sequence[float], rates: Sequence[float]) -> None:
     axes.plot(sizes, rates, "o-")
     for size, rate in zip(sizes, rates, strict=True):
-        axes.annotate(f"{rate:.0f}", (size, rate), textcoords="offset points", xytext=(0, 6))
+        axes.annotate(
+            f"{rate:.0f}", (size, rate), textcoords="offset points", xytext=(0, 6), ha="center"
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
     axes.set(xlabel=label, ylabel="output tokens per second", ylim=(0, 1.1 * max(rates)))
