@@ -53,7 +53,8 @@ struct AttentionUnit {
 
 constexpr int kMaxTileTokens = 16;   // query tokens of an attention unit
 constexpr int kMaxTileRows = 64;     // query tokens x heads of an attention unit
-constexpr int kAttentionChunk = 64;  // keys between two updates of the online softmax
+constexpr int kAttentionChunk = 128;  // keys between two updates of the online softmax
+constexpr int kMostLanes = 16;       // of a vector of floats, in any instruction set
 
 // Keys whose softmax is taken by itself; segments are merged in position order. So several threads
 // can share the keys of one sequence, and a row's result does not tell whether they did.
@@ -77,7 +78,7 @@ inline int64_t attention_state_floats(int num_rows, int head_dim) {
 
 // Floats of scratch memory that attend and attend_segment need, for one thread.
 inline int64_t attention_scratch_floats(int head_dim) {
-  return kMaxTileRows * (kAttentionChunk + int64_t{head_dim}) +
+  return kMaxTileRows * (kAttentionChunk + int64_t{head_dim} + kMostLanes) +
          2 * attention_state_floats(kMaxTileRows, head_dim);
 }
 

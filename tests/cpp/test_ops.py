@@ -82,14 +82,18 @@ def assert_is_attention(
     kv_dtype: str,
     rtol: float = 1e-4,
 ) -> None:
-    """Hold `got` against float64. avx512-bf16 rounds queries and probabilities to bf16."""
-    rounds = isa == "avx512-bf16"
-    if rounds:
-        q = to_bf16(q)
+    """Hold `got` against float64. AVX-512 rounds queries and probabilities: over bf16, where it has
+    pairs of them, to bf16; over int8 to integers of 16 bits, relative to the largest of their row.
+    """
+    rounding, sizes = 0.0, np.abs(v)
+    if isa == "avx512-bf16" and kv_dtype == "bf16":
+        q, rounding = to_bf16(q), 2.0**-8  # each probability by that of itself at most
+    elif isa.startswith("avx512") and kv_dtype == "int8":
+        rounding, sizes = 2.0**-11, np.broadcast_to(sizes.max(axis=-1, keepdims=True), v.shape)
     expected = reference_attention(q, k, v, window, kv_dtype)
     allowed = rtol * np.abs(expected) + 1e-5
-    if rounds:  # each probability by 2^-8 of itself at most
-        allowed = allowed + 2.0**-8 * reference_attention(q, k, np.abs(v), window, kv_dtype)
+    if rounding > 0:
+        allowed = allowed + rounding * reference_attention(q, k, sizes, window, kv_dtype)
     assert (np.abs(got - expected) <= allowed).all()
 
 
