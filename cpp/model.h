@@ -95,7 +95,8 @@ struct RunState {
   float* hidden = nullptr;                      // (T, D) the residual stream
   float* qkv = nullptr;                         // (T, (H + 2 KH) HD)
   float* attention = nullptr;                   // (T, H HD)
-  float* mlp = nullptr;                         // (T, 2 I) gate, then up
+  float* mlp = nullptr;                         // (T, I) what `down` reads, unless quantized
+  std::vector<float*> gate_up;                  // one a thread, some rows and channels
   float* branch = nullptr;                      // (T, D) a branch's output before its post norm
   float* cos = nullptr;                         // (tables, T, HD / 2)
   float* sin = nullptr;                         // (tables, T, HD / 2)
@@ -144,6 +145,9 @@ class Model final : private ThreadPool::Job {
   void finalize();
 
   void allocate_kv(int num_blocks, KvDtype dtype);
+
+  // Gives the first blocks their memory before prompts have to wait for it.
+  void populate_kv(int num_blocks) const;
 
   // Sets the buffers of the next steps and allocates the activations for them.
   void bind(const Batch& batch, const Limits& limits);
@@ -207,6 +211,8 @@ class Model final : private ThreadPool::Job {
   void mix(const Step& step, int layer, int thread);
   void transform(const Step& step, int layer, int thread);
   void gate_up(const Step& step, int layer, int thread, const Activations& x);
+  void gate_up_groups(int layer, int thread, const Activations& x, int first, int end, int t,
+                      int t_end);
   const Matrix& head() const {
     return weights_.output.loaded() ? weights_.output : weights_.embedding;
   }

@@ -23,27 +23,32 @@ inline void rescale_sums(const AttentionUnit& unit, const Tile& tile, int row, f
 }
 
 // Computes the keys [chunk_begin, end) of the sequence, a chunk at most. The next chunk is
-// fetched meanwhile: blocks lie anywhere and are too short for the processor to foresee.
+// fetched meanwhile, that of the next segment too, which most often follows on the same thread:
+// blocks lie anywhere and are too short for the processor to foresee.
 template <typename Products>
 void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, int end) {
-  using Kv = typename Products::Kv;
-  const KvBlockLayout layout(Kv::kDtype, unit.head_dim);
+  const KvBlockLayout layout(Products::Kv::kDtype, unit.head_dim);
+  const int last = unit.first_position + unit.num_tokens;  // of all segments
   const int num_keys = std::min(kAttentionChunk, end - chunk_begin);
   const int num_blocks = (num_keys + kBlockSize - 1) / kBlockSize;
   const int32_t* table = unit.block_table + chunk_begin / kBlockSize;
   const int num_next =
-      std::clamp((end - chunk_begin - 1) / kBlockSize + 1 - kChunkBlocks, 0, kChunkBlocks);
+      std::clamp((last - chunk_begin - 1) / kBlockSize + 1 - kChunkBlocks, 0, kChunkBlocks);
   const uint8_t* blocks[kChunkBlocks];
-  const uint8_t* next[kChunkBlocks];
-  for (int b = 0; b < num_next; ++b) {
-    next[b] = unit.kv + table[kChunkBlocks + b] * unit.block_stride;
-  }
-  for (int b = 0; b < num_blocks; ++b) blocks[b] = unit.kv + table[b] * unit.block_stride;
-  for (int b = 0; b < num_blocks; b += Products::kBlocks) {
-    for (int ahead = b; ahead < std::min(b + Products::kBlocks, num_next); ++ahead) {
-      prefetch(next[ahead], layout.values);
-      prefetch(next[ahead] + layout.key_scales, layout.bytes - layout.key_scales);
+  for (int b = 0; b < num_blocks; ++b) blocks[b] = unit.block(table[b]);
+  // In the order of memory, an equal part at each step of what follows.
+  constexpr int kChannels = Products::kSpans * kSpan;
+  const int num_steps =
+      kChunkBlocks / Products::kBlocks + (unit.head_dim + kChannels - 1) / kChannels;
+  int step = 0, fetched = 0;
+  const auto fetch_ahead = [&] {
+    ++step;
+    for (; fetched < step * num_next / num_steps; ++fetched) {
+      prefetch(unit.block(table[kChunkBlocks + fetched]), layout.bytes);
     }
+  };
+  for (int b = 0; b < num_blocks; b += Products::kBlocks) {
+    fetch_ahead();
     const int count = std::min(Products::kBlocks, num_blocks - b);
     for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
       Products::template score<kRows>(unit, tile, row, blocks + b, count, b * kBlockSize);
@@ -65,12 +70,8 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
       if (factor != 1) rescale_sums(unit, tile, row, factor);
     }
   }
-  constexpr int kChannels = Products::kSpans * kSpan;
   for (int channel = 0; channel < unit.head_dim; channel += kChannels) {
-    const int64_t begin = layout.values + channel * kBlockSize * sizeof(typename Kv::Element);
-    const int64_t bytes =
-        std::min(kChannels, unit.head_dim - channel) * kBlockSize * sizeof(typename Kv::Element);
-    for (int b = 0; b < num_next; ++b) prefetch(next[b] + begin, bytes);
+    fetch_ahead();
     for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
       Products::template weigh<kRows>(unit, tile, row, channel, blocks, num_keys);
     });
