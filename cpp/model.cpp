@@ -11,6 +11,29 @@ namespace {
 
 constexpr int kFewRows = 8;  // that kernels compute in one reading of the weights
 
+// Of more rows threads take blocks of about this size: small enough that all finish together and
+// that what a block is multiplied to stays in the cache, large enough that weights are read seldom.
+constexpr int kRowBlock = 96;
+constexpr int kBlockGroups = 4;  // groups of channels of a block of gate and up
+
+// Rows of a step in blocks of about equal size, all but the last a multiple of what kernels take at
+// once.
+struct RowBlocks {
+  explicit RowBlocks(int num_rows) : num_rows(num_rows) {
+    if (num_rows <= kRowBlock) return;
+    const int most = (num_rows + kRowBlock - 1) / kRowBlock;
+    size = ((num_rows + most - 1) / most + kMultiple - 1) / kMultiple * kMultiple;
+    count = (num_rows + size - 1) / size;
+  }
+  int begin(int block) const { return block * size; }
+  int end(int block) const { return std::min((block + 1) * size, num_rows); }
+
+  static constexpr int kMultiple = 12;  // of six and of twelve rows
+  int num_rows;
+  int size = kRowBlock;
+  int count = 1;
+};
+
 bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
 
 Activations activations(const float* values, int64_t ld, const Operand& operand) {
@@ -30,6 +53,25 @@ Activations part_of_row(const Activations& x, int K, int t, int first) {
           x.scales + group,
           x.sums + group,
           x.totals + group};
+}
+
+// Rows from t on.
+Activations rows_from(const Activations& x, int K, int t) {
+  const int64_t group = int64_t{t} * num_groups(K);
+  int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
+  return {x.values + t * x.ld_values,
+          x.ld_values,
+          x.quantized + group * kGroupSize,
+          widened,
+          x.scales + group,
+          x.sums + group,
+          x.totals + group};
+}
+
+// Floats of gate and up that a thread holds before they are one.
+int64_t gate_up_floats(const Config& c) {
+  const int64_t of_few = int64_t{kFewRows} * 2 * padded_k(c.intermediate_size);
+  return std::max(of_few, int64_t{kRowBlock} * 2 * kBlockGroups * kGroupSize);
 }
 
 // Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
@@ -65,7 +107,9 @@ void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* m
   memory->take(&s->branch, T * c.hidden_size);
   memory->take(&s->qkv, T * c.qkv_size());
   memory->take(&s->attention, T * c.attention_size());
-  memory->take(&s->mlp, T * 2 * c.intermediate_size);
+  memory->take(&s->mlp, T * c.intermediate_size);
+  s->gate_up.resize(num_threads);
+  for (float*& own : s->gate_up) memory->take(&own, gate_up_floats(c));
   memory->take(&s->cos, tables * T * c.head_dim / 2);
   memory->take(&s->sin, tables * T * c.head_dim / 2);
   memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
@@ -207,18 +251,29 @@ void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, con
   for (const Matrix* part : parts) num_tiles += tiles_of(part);
   // Of many rows kernels compute two tiles at once, so a thread takes an even number of them.
   const int unit = num_rows > kFewRows ? 2 : 1;
-  pool_->share(thread, (num_tiles + unit - 1) / unit, [&](int begin_unit, int end_unit) {
-    const int begin = begin_unit * unit, end = std::min(end_unit * unit, num_tiles);
+  const int num_units = (num_tiles + unit - 1) / unit;
+  const auto multiply_tiles = [&](int t, int t_end, int begin, int end) {
     int first_tile = 0;
     int64_t channel = 0;
     for (const Matrix* part : parts) {
       const int tiles = tiles_of(part);
       const int low = std::max(begin - first_tile, 0), high = std::min(end - first_tile, tiles);
       if (low < high) {
-        linear_->gemm(part->packed, x, num_rows, y + channel, ld_y, low, high, accumulate);
+        linear_->gemm(part->packed, rows_from(x, part->packed.K, t), t_end - t,
+                      y + t * ld_y + channel, ld_y, low, high, accumulate);
       }
       first_tile += tiles;
       channel += part->packed.N;
+    }
+  };
+  const RowBlocks blocks(num_rows);
+  pool_->share(thread, num_units * blocks.count, [&](int begin, int end) {
+    while (begin < end) {
+      const int block = begin / num_units, first = begin % num_units;
+      const int last = std::min(first + end - begin, num_units);
+      multiply_tiles(blocks.begin(block), blocks.end(block), first * unit,
+                     std::min(last * unit, num_tiles));
+      begin += last - first;
     }
   });
 }
@@ -331,36 +386,61 @@ void Model::mix(const Step& step, int layer, int thread) {
 void Model::transform(const Step& step, int layer, int thread) {
   const LayerWeights& w = weights_.layers[layer];
   gate_up(step, layer, thread, norm_rows(step, w.mlp_norm, w.attention_post_norm, thread));
-  const Activations gated =
-      activations(state_.mlp, 2 * int64_t{config_.intermediate_size}, state_.gated);
+  const Activations gated = activations(state_.mlp, config_.intermediate_size, state_.gated);
   residual(thread, w.down, gated, step, !w.mlp_post_norm.empty());
 }
 
-// mlp[:, :I] = activation(x @ gate^T) * (x @ up^T), quantized for `down`.
-// A unit is a group of kGroupSize channels, from both products to the quantized group.
+// mlp = activation(x @ gate^T) * (x @ up^T), quantized where `down` reads integers. A unit is some
+// groups of kGroupSize channels of a block of rows, from both products to the quantized groups.
 void Model::gate_up(const Step& step, int layer, int thread, const Activations& x) {
+  const int groups = num_groups(config_.intermediate_size);
+  const RowBlocks blocks(step.num_tokens);
+  if (blocks.count == 1) {
+    // Few rows wait for their weights, which are best read in one long run.
+    const int most = step.num_tokens <= kFewRows ? groups : kBlockGroups;
+    return pool_->share(thread, groups, [&](int begin, int end) {
+      for (int first = begin; first < end; first += most) {
+        gate_up_groups(layer, thread, x, first, std::min(first + most, end), 0, step.num_tokens);
+      }
+    });
+  }
+  const int num_units = (groups + kBlockGroups - 1) / kBlockGroups * blocks.count;
+  for_units(thread, num_units, [&](int unit) {
+    const int first = unit / blocks.count * kBlockGroups, block = unit % blocks.count;
+    gate_up_groups(layer, thread, x, first, std::min(first + kBlockGroups, groups),
+                   blocks.begin(block), blocks.end(block));
+  });
+}
+
+// The groups [first, end) of the rows [t, t_end).
+void Model::gate_up_groups(int layer, int thread, const Activations& x, int first, int end, int t,
+                           int t_end) {
   const LayerWeights& w = weights_.layers[layer];
   const int I = config_.intermediate_size;
-  const int64_t ld = 2 * int64_t{I};
-  const Activations gated = activations(state_.mlp, ld, state_.gated);
-  const auto multiply_groups = [&](const Matrix& part, int begin, int end, float* y) {
+  const int channel = first * kGroupSize, size = std::min(end * kGroupSize, I) - channel;
+  const int64_t ld = 2 * int64_t{size};
+  float* own = state_.gate_up[thread];
+  const Activations rows = rows_from(x, config_.hidden_size, t);
+  const auto multiply_groups = [&](const Matrix& part, float* y) {
     const int channels = linear_->tile_channels(part.packed.format);
     const int tiles = kGroupSize / channels;  // of a group, checked at load
-    linear_->gemm(part.packed, x, step.num_tokens, y, ld, begin * tiles,
+    // Kernels count channels from the matrix's first one.
+    linear_->gemm(part.packed, rows, t_end - t, y - channel, ld, first * tiles,
                   std::min(end * tiles, (I + channels - 1) / channels), false);
   };
-  pool_->share(thread, num_groups(I), [&](int begin, int end) {
-    multiply_groups(w.gate, begin, end, state_.mlp);
-    multiply_groups(w.up, begin, end, state_.mlp + I);
-    const int first = begin * kGroupSize, size = std::min(end * kGroupSize, I) - first;
-    for (int t = 0; t < step.num_tokens; ++t) {
-      float* row = state_.mlp + t * ld + first;
-      vector_->gate(config_.activation, row, row + I, size, row);
-      if (needs_integers(w.down)) {
-        linear_->quantize_rows(part_of_row(gated, I, t, first), size, 0, 1);
-      }
+  multiply_groups(w.gate, own);
+  multiply_groups(w.up, own + size);
+  const bool quantizes = needs_integers(w.down);
+  const Activations gated = activations(own, ld, state_.gated);
+  for (int row = t; row < t_end; ++row, own += ld) {
+    float* out = quantizes ? own : state_.mlp + int64_t{row} * I + channel;
+    vector_->gate(config_.activation, own, own + size, size, out);
+    if (quantizes) {
+      Activations part = part_of_row(gated, I, row, channel);
+      part.values = own;
+      linear_->quantize_rows(part, size, 0, 1);
     }
-  });
+  }
 }
 
 // out = norm(hidden) of one token: what the head reads.

@@ -10,19 +10,6 @@
 namespace fulcrum {
 namespace {
 
-// The elements of a block by pairs, which a lane multiplies at once: keys (head_dim / 2,
-// kBlockSize, 2 channels), values (kBlockSize / 2, head_dim, 2 keys).
-struct PairedBf16Kv : Bf16Kv {
-  static void write(const float* key, const float* value, int head_dim, int offset, Element* keys,
-                    Element* values, float*, float*) {
-    Element* of_pair = values + offset / 2 * 2 * head_dim + offset % 2;
-    for (int d = 0; d < head_dim; ++d) {
-      keys[d / 2 * 2 * kSpan + 2 * offset + d % 2] = round(key[d]);
-      of_pair[2 * d] = round(value[d]);
-    }
-  }
-};
-
 // The pair that a row contributes to all lanes.
 inline __m512i broadcast_pair(const float* pairs) {
   int32_t pair;
@@ -34,6 +21,27 @@ inline __m512i broadcast_pair(const float* pairs) {
 inline __m512i round_to_bf16(__m512 first, __m512 second) {
   return (__m512i)_mm512_cvtne2ps_pbh(second, first);
 }
+
+// The elements of a block by pairs, which a lane multiplies at once: keys (head_dim / 2,
+// kBlockSize, 2 channels), values (kBlockSize / 2, head_dim, 2 keys).
+struct PairedBf16Kv : Bf16Kv {
+  static void write(const float* key, const float* value, int head_dim, int offset, Element* keys,
+                    Element* values, float*, float*) {
+    Element* of_keys = keys + 2 * offset;
+    Element* of_pair = values + offset / 2 * 2 * head_dim + offset % 2;
+    for (int d = 0; d < head_dim; d += 16) {
+      alignas(64) Element rounded[32];  // of the key, then of the value
+      _mm512_store_si512(rounded,
+                         round_to_bf16(_mm512_loadu_ps(key + d), _mm512_loadu_ps(value + d)));
+#pragma GCC unroll 8
+      for (int i = 0; i < 16; i += 2) {
+        std::memcpy(of_keys + (d + i) * kSpan, rounded + i, 2 * sizeof(Element));
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) of_pair[2 * (d + i)] = rounded[16 + i];
+    }
+  }
+};
 
 inline __m512 add_pair_products(__m512 sums, __m512i a, __m512i b) {
   return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
