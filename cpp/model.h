@@ -87,6 +87,11 @@ struct Operand {
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
   float* totals = nullptr;      // (rows, groups)
+
+  // Of these rows; their int8 form, once it is filled, lies here.
+  Activations activations(const float* values, int64_t ld_values) const {
+    return {values, ld_values, quantized, widened, scales, sums, totals};
+  }
 };
 
 // Activations of a step, allocated when the batch's capacity is known.
@@ -107,6 +112,9 @@ struct RunState {
   std::vector<Buffer> attention_scratch;        // one a thread
   std::vector<SamplerScratch> sampler_scratch;  // one a thread
 };
+
+// Floats of gate and up that a thread holds before they are one.
+int64_t gate_up_floats(const Config& config);
 
 // Steps of so few rows norm and quantize them on every thread, each for itself: cheaper than to
 // share the work and wait for each other.
