@@ -111,6 +111,10 @@ void bind_model(py::module_& m) {
           },
           py::arg("num_blocks"), py::arg("dtype") = py::none())
       .def(
+          "populate_kv",
+          [](const BoundModel& self, int num_blocks) { self.model.populate_kv(num_blocks); },
+          py::arg("num_blocks"), py::call_guard<py::gil_scoped_release>())
+      .def(
           "kv_block_bytes",
           [](const BoundModel& self, const std::string& dtype) {
             return self.model.kv_bytes_per_block(parse_kv_dtype(dtype));

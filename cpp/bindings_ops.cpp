@@ -85,7 +85,7 @@ Floats attend(const std::string& isa, const Floats& queries, const Floats& keys,
   cache.head_dim = HD;
   cache.num_blocks =
       *std::max_element(block_table.data(), block_table.data() + block_table.size()) + 1;
-  cache.memory = Buffer(cache.block_stride() * cache.num_blocks);
+  cache.allocate();
   for (int s = 0; s < S; ++s) {
     const int64_t block = block_table.at(s / kBlockSize);
     for (int head = 0; head < KH; ++head) {
@@ -109,6 +109,7 @@ Floats attend(const std::string& isa, const Floats& queries, const Floats& keys,
       unit.block_table = block_table.data();
       unit.kv = cache.block(0, 0, head);
       unit.block_stride = cache.block_stride();
+      unit.group_stride = cache.group_stride();
       if (segments_apart) {
         attend_segments_apart(kernels(isa), cache.dtype, unit, scratch.data());
       } else {

@@ -150,6 +150,9 @@ class Model:
         """Allocate the paged cache in "bf16" or "int8"; frees the former one. None keeps the
         former one's dtype, bf16 where there was none."""
 
+    def populate_kv(self, num_blocks: int) -> None:
+        """Give the cache's first blocks their memory before prompts have to wait for it."""
+
     def kv_block_bytes(self, dtype: str) -> int:
         """Bytes of a KV block of all layers in a dtype, scales included."""
 

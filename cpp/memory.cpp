@@ -1,7 +1,9 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <new>
 
 namespace fulcrum {
@@ -33,6 +35,17 @@ Buffer::Buffer(size_t bytes) : bytes_(bytes) {
 
 Buffer::~Buffer() {
   if (mapping_ != nullptr) munmap(mapping_, mapping_bytes_);
+}
+
+void Buffer::populate(size_t offset, size_t bytes) const {
+#ifdef MADV_POPULATE_WRITE
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data_ + offset) / page * page;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data_ + std::min(offset + bytes, bytes_));
+  if (begin >= end) return;
+  // Advice only, as above: pages that are not there yet come with their first write.
+  madvise(reinterpret_cast<void*>(begin), round_up(end - begin, page), MADV_POPULATE_WRITE);
+#endif
 }
 
 uint8_t* Arena::take(size_t bytes) {

@@ -25,6 +25,10 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
 
+  // Gives the bytes from `offset` on their memory now instead of at the first write to each page,
+  // where the system can do that. Keeps what they hold.
+  void populate(size_t offset, size_t bytes) const;
+
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
   template <typename T>

@@ -9,29 +9,6 @@
 namespace fulcrum {
 namespace {
 
-constexpr int kFewRows = 8;  // that kernels compute in one reading of the weights
-
-bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
-
-Activations activations(const float* values, int64_t ld, const Operand& operand) {
-  return {values,         ld,           operand.quantized, operand.widened,
-          operand.scales, operand.sums, operand.totals};
-}
-
-// Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
-// kGroupSize.
-Activations part_of_row(const Activations& x, int K, int t, int first) {
-  const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
-  int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
-  return {x.values + t * x.ld_values + first,
-          x.ld_values,
-          x.quantized + group * kGroupSize,
-          widened,
-          x.scales + group,
-          x.sums + group,
-          x.totals + group};
-}
-
 // Hands out consecutive, 64-byte aligned parts of a memory; without one, counts the bytes.
 struct Carver {
   uint8_t* base = nullptr;
@@ -65,7 +42,9 @@ void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* m
   memory->take(&s->branch, T * c.hidden_size);
   memory->take(&s->qkv, T * c.qkv_size());
   memory->take(&s->attention, T * c.attention_size());
-  memory->take(&s->mlp, T * 2 * c.intermediate_size);
+  memory->take(&s->mlp, T * c.intermediate_size);
+  s->gate_up.resize(num_threads);
+  for (float*& own : s->gate_up) memory->take(&own, gate_up_floats(c));
   memory->take(&s->cos, tables * T * c.head_dim / 2);
   memory->take(&s->sin, tables * T * c.head_dim / 2);
   memory->take(&s->logits, int64_t{kLogitsChunk} * c.vocab_size);
@@ -196,33 +175,6 @@ void Model::run_thread(int thread, const ThreadPool::Arguments& sizes) {
   sample(step, thread);
 }
 
-// y[:, parts side by side] = x @ part^T.
-void Model::multiply(int thread, std::initializer_list<const Matrix*> parts, const Activations& x,
-                     int num_rows, float* y, int64_t ld_y, bool accumulate) {
-  const auto tiles_of = [this](const Matrix* part) {
-    const int channels = linear_->tile_channels(part->packed.format);
-    return (part->packed.N + channels - 1) / channels;
-  };
-  int num_tiles = 0;
-  for (const Matrix* part : parts) num_tiles += tiles_of(part);
-  // Of many rows kernels compute two tiles at once, so a thread takes an even number of them.
-  const int unit = num_rows > kFewRows ? 2 : 1;
-  pool_->share(thread, (num_tiles + unit - 1) / unit, [&](int begin_unit, int end_unit) {
-    const int begin = begin_unit * unit, end = std::min(end_unit * unit, num_tiles);
-    int first_tile = 0;
-    int64_t channel = 0;
-    for (const Matrix* part : parts) {
-      const int tiles = tiles_of(part);
-      const int low = std::max(begin - first_tile, 0), high = std::min(end - first_tile, tiles);
-      if (low < high) {
-        linear_->gemm(part->packed, x, num_rows, y + channel, ld_y, low, high, accumulate);
-      }
-      first_tile += tiles;
-      channel += part->packed.N;
-    }
-  });
-}
-
 void Model::embed_token(int t, float* row) {
   linear_->unpack_row(weights_.embedding.packed, batch_.token_ids[t], row);
   if (config_.embedding_scale != 1) {
@@ -255,7 +207,7 @@ void Model::embed(const Step& step, int thread) {
       rotate_positions(t);
     });
   }
-  const Activations x = activations(state_.shared.normed, 2 * int64_t{D}, state_.shared);
+  const Activations x = state_.shared.activations(state_.shared.normed, 2 * int64_t{D});
   for_units(thread, step.num_tokens, [&](int t) {
     float* row = state_.shared.normed + 2 * int64_t{D} * t;
     const float* previous = batch_.previous_hidden + int64_t{D} * batch_.previous_rows[t];
@@ -266,51 +218,6 @@ void Model::embed(const Step& step, int thread) {
     rotate_positions(t);
   });
   multiply(thread, {&weights_.input_projection}, x, step.num_tokens, state_.hidden, D, false);
-}
-
-// Adds the former branch where it waits for its post norm; returns norm(hidden), quantized.
-Activations Model::norm_rows(const Step& step, const FloatVector& weight,
-                             const FloatVector& post_norm, int thread) {
-  const int D = config_.hidden_size;
-  const bool alone = replicates(step) && post_norm.empty();
-  const Operand& operand = alone ? state_.own[thread] : state_.shared;
-  const Activations x = activations(operand.normed, D, operand);
-  const auto norm_row = [&](int t) {
-    float* hidden = state_.hidden + int64_t{t} * D;
-    if (!post_norm.empty()) {
-      float* branch = state_.branch + int64_t{t} * D;
-      vector_->rms_norm(branch, post_norm.data(), config_.norm_eps, D, branch);
-      vector_->add(hidden, branch, D);
-    }
-    vector_->rms_norm(hidden, weight.data(), config_.norm_eps, D, operand.normed + int64_t{t} * D);
-    linear_->quantize_rows(x, D, t, t + 1);
-  };
-  if (alone) {
-    for (int t = 0; t < step.num_tokens && pool_->is_next_open(thread); ++t) norm_row(t);
-  } else {
-    for_units(thread, step.num_tokens, norm_row);
-  }
-  return x;
-}
-
-Activations Model::quantize_attention(const Step& step, const Matrix& w, int thread) {
-  const int K = config_.attention_size();
-  const Operand& operand = replicates(step) ? state_.own[thread] : state_.shared;
-  const Activations x = activations(state_.attention, K, operand);
-  if (!needs_integers(w)) return x;
-  if (replicates(step)) {
-    if (pool_->is_next_open(thread)) linear_->quantize_rows(x, K, 0, step.num_tokens);
-  } else {
-    for_units(thread, step.num_tokens, [&](int t) { linear_->quantize_rows(x, K, t, t + 1); });
-  }
-  return x;
-}
-
-// Ends a branch: onto the residual stream, or beside it where a post norm comes first.
-void Model::residual(int thread, const Matrix& w, const Activations& x, const Step& step,
-                     bool has_post_norm) {
-  float* y = has_post_norm ? state_.branch : state_.hidden;
-  multiply(thread, {&w}, x, step.num_tokens, y, config_.hidden_size, !has_post_norm);
 }
 
 // Attention: how the tokens of a sequence mix.
@@ -331,36 +238,8 @@ void Model::mix(const Step& step, int layer, int thread) {
 void Model::transform(const Step& step, int layer, int thread) {
   const LayerWeights& w = weights_.layers[layer];
   gate_up(step, layer, thread, norm_rows(step, w.mlp_norm, w.attention_post_norm, thread));
-  const Activations gated =
-      activations(state_.mlp, 2 * int64_t{config_.intermediate_size}, state_.gated);
+  const Activations gated = state_.gated.activations(state_.mlp, config_.intermediate_size);
   residual(thread, w.down, gated, step, !w.mlp_post_norm.empty());
-}
-
-// mlp[:, :I] = activation(x @ gate^T) * (x @ up^T), quantized for `down`.
-// A unit is a group of kGroupSize channels, from both products to the quantized group.
-void Model::gate_up(const Step& step, int layer, int thread, const Activations& x) {
-  const LayerWeights& w = weights_.layers[layer];
-  const int I = config_.intermediate_size;
-  const int64_t ld = 2 * int64_t{I};
-  const Activations gated = activations(state_.mlp, ld, state_.gated);
-  const auto multiply_groups = [&](const Matrix& part, int begin, int end, float* y) {
-    const int channels = linear_->tile_channels(part.packed.format);
-    const int tiles = kGroupSize / channels;  // of a group, checked at load
-    linear_->gemm(part.packed, x, step.num_tokens, y, ld, begin * tiles,
-                  std::min(end * tiles, (I + channels - 1) / channels), false);
-  };
-  pool_->share(thread, num_groups(I), [&](int begin, int end) {
-    multiply_groups(w.gate, begin, end, state_.mlp);
-    multiply_groups(w.up, begin, end, state_.mlp + I);
-    const int first = begin * kGroupSize, size = std::min(end * kGroupSize, I) - first;
-    for (int t = 0; t < step.num_tokens; ++t) {
-      float* row = state_.mlp + t * ld + first;
-      vector_->gate(config_.activation, row, row + I, size, row);
-      if (needs_integers(w.down)) {
-        linear_->quantize_rows(part_of_row(gated, I, t, first), size, 0, 1);
-      }
-    }
-  });
 }
 
 // out = norm(hidden) of one token: what the head reads.
@@ -381,7 +260,7 @@ void Model::norm_final(int64_t t, float* out) {
 void Model::sample(const Step& step, int thread) {
   const Config& c = config_;
   const int D = c.hidden_size, V = head().packed.N;
-  const Activations normed = activations(state_.shared.normed, D, state_.shared);
+  const Activations normed = state_.shared.activations(state_.shared.normed, D);
   const auto kept = [&](int64_t t) -> float* {
     if (batch_.hidden == nullptr || batch_.hidden_rows[t] < 0) return nullptr;
     return batch_.hidden + int64_t{batch_.hidden_rows[t]} * D;

@@ -87,6 +87,11 @@ struct Operand {
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
   float* totals = nullptr;      // (rows, groups)
+
+  // Of these rows; their int8 form, once it is filled, lies here.
+  Activations activations(const float* values, int64_t ld_values) const {
+    return {values, ld_values, quantized, widened, scales, sums, totals};
+  }
 };
 
 // Activations of a step, allocated when the batch's capacity is known.
@@ -95,7 +100,8 @@ struct RunState {
   float* hidden = nullptr;                      // (T, D) the residual stream
   float* qkv = nullptr;                         // (T, (H + 2 KH) HD)
   float* attention = nullptr;                   // (T, H HD)
-  float* mlp = nullptr;                         // (T, 2 I) gate, then up
+  float* mlp = nullptr;                         // (T, I) what `down` reads, unless quantized
+  std::vector<float*> gate_up;                  // one a thread, some rows and channels
   float* branch = nullptr;                      // (T, D) a branch's output before its post norm
   float* cos = nullptr;                         // (tables, T, HD / 2)
   float* sin = nullptr;                         // (tables, T, HD / 2)
@@ -106,6 +112,9 @@ struct RunState {
   std::vector<Buffer> attention_scratch;        // one a thread
   std::vector<SamplerScratch> sampler_scratch;  // one a thread
 };
+
+// Floats of gate and up that a thread holds before they are one.
+int64_t gate_up_floats(const Config& config);
 
 // Steps of so few rows norm and quantize them on every thread, each for itself: cheaper than to
 // share the work and wait for each other.
@@ -144,6 +153,9 @@ class Model final : private ThreadPool::Job {
   void finalize();
 
   void allocate_kv(int num_blocks, KvDtype dtype);
+
+  // Gives the first blocks their memory before prompts have to wait for it.
+  void populate_kv(int num_blocks) const;
 
   // Sets the buffers of the next steps and allocates the activations for them.
   void bind(const Batch& batch, const Limits& limits);
@@ -207,6 +219,8 @@ class Model final : private ThreadPool::Job {
   void mix(const Step& step, int layer, int thread);
   void transform(const Step& step, int layer, int thread);
   void gate_up(const Step& step, int layer, int thread, const Activations& x);
+  void gate_up_groups(int layer, int thread, const Activations& x, int first, int end, int t,
+                      int t_end);
   const Matrix& head() const {
     return weights_.output.loaded() ? weights_.output : weights_.embedding;
   }

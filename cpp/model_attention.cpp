@@ -76,7 +76,10 @@ void Model::attend(const Step& step, int layer, int thread) {
   }
   float* scratch = state_.attention_scratch[thread].as<float>();
   const int num_kv_heads = config_.num_kv_heads;
-  for_units(thread, step.num_tiles * num_kv_heads, [&](int unit) {
+  // The later a tile, the more keys it sees: the last ones first, so that threads finish together.
+  const int num_units = step.num_tiles * num_kv_heads;
+  for_units(thread, num_units, [&](int i) {
+    const int unit = num_units - 1 - i;
     attend_(attention_unit(tiles_[unit / num_kv_heads], layer, unit % num_kv_heads), scratch);
   });
 }
@@ -122,6 +125,7 @@ AttentionUnit Model::attention_unit(const Tile& tile, int layer, int kv_head) co
   unit.block_table = batch_.block_table + int64_t{tile.sequence} * limits_.max_blocks_per_seq;
   unit.kv = kv_.block(layer, 0, kv_head);
   unit.block_stride = kv_.block_stride();
+  unit.group_stride = kv_.group_stride();
   return unit;
 }
 

@@ -10,6 +10,9 @@ enum class Activation : uint8_t { kSilu, kGeluTanh };
 
 constexpr int kBlockSize = 16;  // tokens in a KV block
 
+// Blocks of a head that lie side by side in the cache.
+constexpr uint32_t kBlocksTogether = 32;
+
 enum class KvDtype : uint8_t { kBf16, kInt8 };
 
 // Where things lie in a KV block of one layer and head, in bytes. Keys are (head_dim, kBlockSize),
@@ -48,16 +51,26 @@ struct AttentionUnit {
   int window;                  // tokens a query sees, itself included; 0: all before it
   const int32_t* block_table;  // blocks of the sequence, in position order
   const uint8_t* kv;           // of this layer and KV head, block 0
-  int64_t block_stride;        // bytes from one block to the next, same layer and head
+  // Bytes from one block to the next, same layer and head, and from the first of kBlocksTogether
+  // blocks to the first of the next ones.
+  int64_t block_stride;
+  int64_t group_stride;
+
+  const uint8_t* block(int32_t index) const {
+    const uint32_t i = static_cast<uint32_t>(index);
+    return kv + i / kBlocksTogether * group_stride + i % kBlocksTogether * block_stride;
+  }
 };
 
-constexpr int kMaxTileTokens = 16;   // query tokens of an attention unit
-constexpr int kMaxTileRows = 64;     // query tokens x heads of an attention unit
-constexpr int kAttentionChunk = 64;  // keys between two updates of the online softmax
+constexpr int kMaxTileTokens = 16;    // query tokens of an attention unit
+constexpr int kMaxTileRows = 64;      // query tokens x heads of an attention unit
+constexpr int kAttentionChunk = 128;  // keys between two updates of the online softmax
+constexpr int kMostLanes = 16;        // of a vector of floats, in any instruction set
 
 // Keys whose softmax is taken by itself; segments are merged in position order. So several threads
 // can share the keys of one sequence, and a row's result does not tell whether they did.
 constexpr int kAttentionSegment = 512;
+static_assert(kAttentionSegment == kBlocksTogether * kBlockSize);
 
 struct SegmentRange {
   int begin, end;
@@ -77,7 +90,7 @@ inline int64_t attention_state_floats(int num_rows, int head_dim) {
 
 // Floats of scratch memory that attend and attend_segment need, for one thread.
 inline int64_t attention_scratch_floats(int head_dim) {
-  return kMaxTileRows * (kAttentionChunk + int64_t{head_dim}) +
+  return kMaxTileRows * (kAttentionChunk + int64_t{head_dim} + kMostLanes) +
          2 * attention_state_floats(kMaxTileRows, head_dim);
 }
 

@@ -270,11 +270,20 @@ void Model::allocate_kv(int num_blocks, KvDtype dtype) {
   cache.num_kv_heads = config_.num_kv_heads;
   cache.head_dim = config_.head_dim;
   cache.num_blocks = num_blocks;
-  cache.memory = Buffer(kv_bytes_per_block(dtype) * num_blocks);
+  cache.allocate();
   kv_ = std::move(cache);
   attend_ = vector_->attend(dtype);
   attend_segment_ = vector_->attend_segment(dtype);
   write_kv_ = vector_->write_kv(dtype);
+}
+
+void Model::populate_kv(int num_blocks) const {
+  const int64_t groups =
+      (std::min(num_blocks, kv_.num_blocks) + kBlocksTogether - 1) / kBlocksTogether;
+  const int64_t bytes = groups * kv_.group_stride();
+  for (int layer = 0; layer < kv_.num_layers; ++layer) {
+    kv_.memory.populate(kv_.block(layer, 0, 0) - kv_.memory.data(), bytes);
+  }
 }
 
 }  // namespace fulcrum

@@ -49,6 +49,8 @@ def _serve(options: Options) -> int:
     sockets = bind(options.host, options.port)
     deployment = deploy(options.engine)
     loaded = deployment.loaded
+    # Texts fill this sooner or later: no prompt should wait for the system to clear it.
+    loaded.core.populate_kv(loaded.num_kept_blocks)
     optimizer = Optimizer(
         deployment,
         options.receipts or cache_folder() / "receipts.jsonl",

@@ -3,6 +3,7 @@
 
 // Need Simd before them.
 #include "attention_float.h"
+#include "attention_int8.h"
 #include "vector_attention.h"
 
 namespace fulcrum {
@@ -15,11 +16,11 @@ const VectorKernels kVectorKernels_avx512 = {"avx512",
                                              gate,
                                              rotate,
                                              attend<FloatProducts<Bf16Kv>>,
-                                             attend<FloatProducts<Int8Kv>>,
+                                             attend<Int8Products>,
                                              attend_segment<FloatProducts<Bf16Kv>>,
-                                             attend_segment<FloatProducts<Int8Kv>>,
+                                             attend_segment<Int8Products>,
                                              merge_segments,
                                              write_kv<Bf16Kv>,
-                                             write_kv<Int8Kv>};
+                                             write_kv<QuadInt8Kv>};
 
 }  // namespace fulcrum

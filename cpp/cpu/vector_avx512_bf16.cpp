@@ -3,6 +3,7 @@
 
 // Need Simd before them.
 #include "attention_bf16.h"
+#include "attention_int8.h"
 #include "vector_attention.h"
 
 namespace fulcrum {
@@ -14,12 +15,12 @@ const VectorKernels kVectorKernels_avx512_bf16 = {"avx512-bf16",
                                                   scale,
                                                   gate,
                                                   rotate,
-                                                  attend<Bf16Products<Bf16Kv>>,
-                                                  attend<Bf16Products<Int8Kv>>,
-                                                  attend_segment<Bf16Products<Bf16Kv>>,
-                                                  attend_segment<Bf16Products<Int8Kv>>,
+                                                  attend<Bf16Products>,
+                                                  attend<Int8Products>,
+                                                  attend_segment<Bf16Products>,
+                                                  attend_segment<Int8Products>,
                                                   merge_segments,
-                                                  write_kv<Bf16Kv>,
-                                                  write_kv<Int8Kv>};
+                                                  write_kv<PairedBf16Kv>,
+                                                  write_kv<QuadInt8Kv>};
 
 }  // namespace fulcrum

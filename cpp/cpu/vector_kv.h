@@ -10,7 +10,8 @@
 namespace fulcrum {
 namespace {
 
-// How the elements of a KV block are written and read (KvBlockLayout).
+// How the elements of a KV block are written and read (KvBlockLayout): keys (head_dim, kBlockSize),
+// values (kBlockSize, head_dim). Products that want another order have elements of their own.
 struct Bf16Kv {
   using Element = uint16_t;
   static constexpr KvDtype kDtype = KvDtype::kBf16;
@@ -26,9 +27,13 @@ struct Bf16Kv {
     return static_cast<Element>(bits >> 16);
   }
 
-  // Element i of x goes to out[i * stride].
-  static void write(const float* x, int head_dim, Element* out, int stride, float*) {
-    for (int d = 0; d < head_dim; ++d) out[d * stride] = round(x[d]);
+  // A token's key and value into slot `offset` of its block.
+  static void write(const float* key, const float* value, int head_dim, int offset, Element* keys,
+                    Element* values, float*, float*) {
+    for (int d = 0; d < head_dim; ++d) {
+      keys[d * kBlockSize + offset] = round(key[d]);
+      values[offset * head_dim + d] = round(value[d]);
+    }
   }
 };
 
@@ -39,9 +44,10 @@ struct Int8Kv {
 
   static Vector load(const Element* p) { return Simd::load_int8(p); }
 
-  // A head with a value that is no number gets a scale that is none, so that the fault shows in
-  // the logits; one too small for a normal scale becomes zero.
-  static void write(const float* x, int head_dim, Element* out, int stride, float* scale) {
+  // Sets the scale of a head's values and returns its inverse. A head with a value that is no
+  // number gets a scale that is none, so that the fault shows in the logits; one too small for a
+  // normal scale becomes zero. Then the inverse is 0.
+  static float scale_of(const float* x, int head_dim, float* scale) {
     Vector largest = Simd::zero(), faults = Simd::zero();
     for (int d = 0; d < head_dim; d += kWidth) {
       const Vector v = Simd::load(x + d);
@@ -51,13 +57,26 @@ struct Int8Kv {
     const float maximum = Simd::max_of(largest), fault = Simd::sum(faults);
     const bool representable = fault == 0 && maximum >= 127 * FLT_MIN;
     *scale = representable ? maximum / 127 : fault;
-    const Vector inverse = Simd::set(representable ? 127 / maximum : 0);
+    return representable ? 127 / maximum : 0;
+  }
+
+  // The kWidth values from x on; zeros where the inverse is 0.
+  static void quantize(const float* x, float inverse, Element* out) {
+    float quants[kWidth] = {};
+    if (inverse != 0)
+      Simd::store(quants, Simd::round(Simd::mul(Simd::load(x), Simd::set(inverse))));
+    for (int i = 0; i < kWidth; ++i) out[i] = static_cast<Element>(quants[i]);
+  }
+
+  static void write(const float* key, const float* value, int head_dim, int offset, Element* keys,
+                    Element* values, float* key_scales, float* value_scales) {
+    const float key_inverse = scale_of(key, head_dim, key_scales + offset);
+    const float value_inverse = scale_of(value, head_dim, value_scales + offset);
     for (int d = 0; d < head_dim; d += kWidth) {
-      float quants[kWidth] = {};
-      if (representable) {
-        Simd::store(quants, Simd::round(Simd::mul(Simd::load(x + d), inverse)));
-      }
-      for (int i = 0; i < kWidth; ++i) out[(d + i) * stride] = static_cast<Element>(quants[i]);
+      Element quants[kWidth];
+      quantize(key + d, key_inverse, quants);
+      for (int i = 0; i < kWidth; ++i) keys[(d + i) * kBlockSize + offset] = quants[i];
+      quantize(value + d, value_inverse, values + offset * head_dim + d);
     }
   }
 };
@@ -66,12 +85,10 @@ template <typename Kv>
 void write_kv(const float* key, const float* value, int head_dim, int offset, uint8_t* block) {
   using Element = typename Kv::Element;
   const KvBlockLayout layout(Kv::kDtype, head_dim);
-  float* key_scales = reinterpret_cast<float*>(block + layout.key_scales);
-  float* value_scales = reinterpret_cast<float*>(block + layout.value_scales);
-  Element* values = reinterpret_cast<Element*>(block + layout.values);
-  Kv::write(key, head_dim, reinterpret_cast<Element*>(block) + offset, kBlockSize,
-            key_scales + offset);
-  Kv::write(value, head_dim, values + offset * head_dim, 1, value_scales + offset);
+  Kv::write(key, value, head_dim, offset, reinterpret_cast<Element*>(block),
+            reinterpret_cast<Element*>(block + layout.values),
+            reinterpret_cast<float*>(block + layout.key_scales),
+            reinterpret_cast<float*>(block + layout.value_scales));
 }
 
 }  // namespace

@@ -90,6 +90,44 @@ inline float emulated_reduce_max_ps(__m512 values) {
   return *std::max_element(in, in + 16);
 }
 
+using __mmask16 = uint16_t;
+
+inline __m128i emulated_cvtepi32_epi8(__m512i values) {
+  int32_t in[16];
+  int8_t out[16];
+  _mm512_storeu_si512(in, values);
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<int8_t>(in[i]);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(out));
+}
+
+inline __m512i emulated_srai_epi32(__m512i values, int count) {
+  int32_t lanes[16];
+  _mm512_storeu_si512(lanes, values);
+  for (int32_t& lane : lanes) lane >>= count;
+  return _mm512_loadu_si512(lanes);
+}
+
+inline int32_t emulated_reduce_add_epi32(__m512i values) {
+  uint32_t in[16], sum = 0;
+  _mm512_storeu_si512(in, values);
+  for (uint32_t lane : in) sum += lane;
+  return static_cast<int32_t>(sum);
+}
+
+inline uint32_t emulated_reduce_max_epu32(__m512i values) {
+  uint32_t in[16];
+  _mm512_storeu_si512(in, values);
+  return *std::max_element(in, in + 16);
+}
+
+// Of the immediates only 9: the fraction above the next lower integer, 0 of an infinity.
+inline __m512 emulated_reduce_ps(__m512 values) {
+  float lanes[16];
+  _mm512_storeu_ps(lanes, values);
+  for (float& lane : lanes) lane = std::isinf(lane) ? 0.0f : lane - std::floor(lane);
+  return _mm512_loadu_ps(lanes);
+}
+
 // Subnormal values count as zero in the instructions of AVX512-BF16, and results that would be
 // subnormal become zero.
 inline float without_subnormals(float value) {
@@ -131,6 +169,11 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #undef _mm512_shuffle_f32x4
 #undef _mm512_reduce_add_ps
 #undef _mm512_reduce_max_ps
+#undef _mm512_cvtepi32_epi8
+#undef _mm512_srai_epi32
+#undef _mm512_reduce_add_epi32
+#undef _mm512_reduce_max_epu32
+#undef _mm512_reduce_ps
 #undef _mm512_cvtne2ps_pbh
 #undef _mm512_dpbf16_ps
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
@@ -142,5 +185,10 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_shuffle_f32x4(a, b, select) emulated_shuffle_f32x4(a, b, select)
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a) emulated_reduce_max_ps(a)
+#define _mm512_cvtepi32_epi8(a) emulated_cvtepi32_epi8(a)
+#define _mm512_srai_epi32(a, count) emulated_srai_epi32(a, count)
+#define _mm512_reduce_add_epi32(a) emulated_reduce_add_epi32(a)
+#define _mm512_reduce_max_epu32(a) emulated_reduce_max_epu32(a)
+#define _mm512_reduce_ps(a, immediate) emulated_reduce_ps(a)
 #define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
 #define _mm512_dpbf16_ps(a, b, c) emulated_dpbf16_ps(a, b, c)

@@ -96,7 +96,8 @@ extern "C" void attend(const char* isa, int kv_dtype, int T, int S, int H, int H
                                 .window = window,
                                 .block_table = table.data(),
                                 .kv = blocks.data(),
-                                .block_stride = stride};
+                                .block_stride = stride,
+                                .group_stride = kBlocksTogether * stride};
     kernels->attend(dtype)(unit, scratch.data());
   }
 }
