@@ -120,6 +120,9 @@ int64_t gate_up_floats(const Config& config);
 // share the work and wait for each other.
 constexpr int kReplicatedRows = 2;
 
+// Of the last layer only the rows that somebody reads are completed, where that spares so many.
+constexpr int kLeastSpared = 16;
+
 // Rows of logits that are held at a time: enough to read the head's weights once for all decoding
 // sequences of a usual step, few enough that a vocabulary of 262144 stays at 32 MiB.
 constexpr int kLogitsChunk = 32;
@@ -192,11 +195,13 @@ class Model final : private ThreadPool::Job {
   struct Step {
     int num_tokens, num_sequences, num_rows;
     int num_tiles, num_parts;  // of attention; no parts: tiles are computed whole
+    int num_kept;              // rows that the last layer completes
   };
 
   // A query tile of one sequence, for all KV heads.
   struct Tile {
     int sequence, first_token, num_tokens;
+    bool is_kept;  // whether the last layer completes one of its rows
   };
 
   // One segment of a tile's keys, for one KV head; those of a tile and head lie together.
@@ -206,6 +211,7 @@ class Model final : private ThreadPool::Job {
 
   RunState make_state(int max_tokens) const;
   void check(const Step& step) const;
+  void plan_kept(Step* step);
   void plan_tiles(Step* step);
   void plan_parts(Step* step);
   void run_thread(int thread, const ThreadPool::Arguments& sizes) override;
@@ -218,6 +224,10 @@ class Model final : private ThreadPool::Job {
   AttentionUnit attention_unit(const Tile& tile, int layer, int kv_head) const;
   void mix(const Step& step, int layer, int thread);
   void transform(const Step& step, int layer, int thread);
+  bool is_cut(const Step& step, int layer) const {
+    return layer == config_.num_layers - 1 && step.num_kept < step.num_tokens;
+  }
+  void transform_kept(const Step& step, int layer, int thread);
   void gate_up(const Step& step, int layer, int thread, const Activations& x);
   void gate_up_groups(int layer, int thread, const Activations& x, int first, int end, int t,
                       int t_end);
@@ -251,6 +261,7 @@ class Model final : private ThreadPool::Job {
   Batch batch_;
   Limits limits_;
   RunState state_;
+  std::vector<int> kept_rows_;  // ascending
   std::vector<Tile> tiles_;
   std::vector<AttentionPart> parts_;  // empty where the tiles are shared whole
   Buffer attention_states_;           // a state of kMaxPartRows a part

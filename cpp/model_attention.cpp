@@ -12,7 +12,9 @@ void Model::plan_tiles(Step* step) {
   tiles_.clear();
   for (int s = 0; s < step->num_sequences; ++s) {
     for (int t = batch_.query_start[s]; t < batch_.query_start[s + 1]; t += most) {
-      tiles_.push_back({s, t, std::min(most, batch_.query_start[s + 1] - t)});
+      const int end = std::min(t + most, batch_.query_start[s + 1]);
+      const auto kept = std::lower_bound(kept_rows_.begin(), kept_rows_.end(), t);
+      tiles_.push_back({s, t, end - t, kept != kept_rows_.end() && *kept < end});
     }
   }
   step->num_tiles = static_cast<int>(tiles_.size());
@@ -78,9 +80,12 @@ void Model::attend(const Step& step, int layer, int thread) {
   const int num_kv_heads = config_.num_kv_heads;
   // The later a tile, the more keys it sees: the last ones first, so that threads finish together.
   const int num_units = step.num_tiles * num_kv_heads;
+  const bool cuts = is_cut(step, layer);
   for_units(thread, num_units, [&](int i) {
     const int unit = num_units - 1 - i;
-    attend_(attention_unit(tiles_[unit / num_kv_heads], layer, unit % num_kv_heads), scratch);
+    const Tile& tile = tiles_[unit / num_kv_heads];
+    if (cuts && !tile.is_kept) return;
+    attend_(attention_unit(tile, layer, unit % num_kv_heads), scratch);
   });
 }
 

@@ -87,6 +87,7 @@ void Model::bind(const Batch& batch, const Limits& limits) {
   if (bytes > static_cast<int64_t>(attention_states_.bytes())) attention_states_ = Buffer(bytes);
   parts_.reserve(num_parts);
   tiles_.reserve(limits.max_tokens);
+  kept_rows_.reserve(limits.max_tokens);
   if (limits.max_tokens != limits_.max_tokens) state_ = make_state(limits.max_tokens);
   // Last: where memory ran out, the former buffers stay bound.
   batch_ = batch;

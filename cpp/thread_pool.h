@@ -17,7 +17,7 @@ namespace fulcrum {
 
 class ThreadPool {
  public:
-  using Arguments = std::array<int, 5>;
+  using Arguments = std::array<int, 6>;
 
   // What the threads run together. It must not throw, must call share() equally often on every
   // thread, with equal numbers of units, and may write shared memory inside of share() only.
