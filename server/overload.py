@@ -28,13 +28,13 @@ _READERS: dict[str, Callable[[bytes, ServedModel], tuple[GenerationRequest, int]
     "/v1/chat/completions": chat.read,
     "/v1/completions": completions.read,
 }
-
-
 # Nobody notices so short a time who is refused or waits for seconds.
 _GATHER_S = 0.05
 
 
 class Overload:
+    """Whether there is one, and what becomes of what connections receive meanwhile."""
+
     def __init__(self, client: EngineClient, model: ServedModel, settings: Settings) -> None:
         self._client = client
         self._model = model
