@@ -34,8 +34,7 @@ struct RowBlocks {
 
 bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
 
-// Values [first, first + count) of row t of x, as a row of its own; first is a multiple of
-// kGroupSize.
+// From value `first` of row t on, a multiple of kGroupSize.
 Activations part_of_row(const Activations& x, int K, int t, int first) {
   const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
   int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
@@ -49,17 +48,7 @@ Activations part_of_row(const Activations& x, int K, int t, int first) {
 }
 
 // Rows from t on.
-Activations rows_from(const Activations& x, int K, int t) {
-  const int64_t group = int64_t{t} * num_groups(K);
-  int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
-  return {x.values + t * x.ld_values,
-          x.ld_values,
-          x.quantized + group * kGroupSize,
-          widened,
-          x.scales + group,
-          x.sums + group,
-          x.totals + group};
-}
+Activations rows_from(const Activations& x, int K, int t) { return part_of_row(x, K, t, 0); }
 
 }  // namespace
 

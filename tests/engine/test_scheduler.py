@@ -434,17 +434,21 @@ def test_many_biased_sequences_outgrow_the_bias_buffers() -> None:
     bench.assert_texts()
 
 
+def short_and_long(max_tokens: int) -> tuple[Sequence, Sequence]:
+    params = SamplingParams(max_tokens=max_tokens)
+    short, long = (
+        Sequence(Submit(seq_id, tuple(range(1, size)), params, 0.0), EOS, seq_id)
+        for seq_id, size in ((0, 4), (1, 1500))
+    )
+    return short, long
+
+
 def test_a_long_prompt_is_computed_in_short_steps_only_while_others_decode() -> None:
     scheduler = Scheduler(
         BlockManager(200, 16), max_sequences=8, max_step_tokens=512, max_model_len=2000
     )
     none = np.zeros((1, 20), np.float32)
-    short, long = (
-        Sequence(
-            Submit(seq_id, tuple(range(1, size)), SamplingParams(max_tokens=9), 0.0), EOS, seq_id
-        )
-        for seq_id, size in ((0, 4), (1, 1500))
-    )
+    short, long = short_and_long(max_tokens=9)
     scheduler.add(short)
     plan = scheduler.schedule()
     scheduler.commit(plan, SampledRows([0, 1], [1], none[0], none.astype(np.int32), none))
@@ -463,12 +467,7 @@ def test_prompts_have_a_larger_part_of_steps_that_verify_many_drafts() -> None:
         BlockManager(200, 16), max_sequences=8, max_step_tokens=512, max_model_len=2000
     )
     none = np.zeros((1, 20), np.float32)
-    short, long = (
-        Sequence(
-            Submit(seq_id, tuple(range(1, size)), SamplingParams(max_tokens=300), 0.0), EOS, seq_id
-        )
-        for seq_id, size in ((0, 4), (1, 1500))
-    )
+    short, long = short_and_long(max_tokens=300)
     scheduler.add(short)
     num_drafts = 0
     for _ in range(100):
