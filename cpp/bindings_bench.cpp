@@ -46,6 +46,7 @@ PeakLoops peak_loops(const char* isa) {
   if (std::strcmp(isa, "avx2") == 0) return peak_loops_avx2();
   if (std::strcmp(isa, "avx512") == 0) return peak_loops_avx512();
   if (std::strcmp(isa, "avx512-bf16") == 0) return peak_loops_avx512_bf16();
+  if (std::strcmp(isa, "amx") == 0) return peak_loops_amx();
 #endif
   return peak_loops_portable();
 }
@@ -262,9 +263,11 @@ class LinearBench {
     totals_.resize(groups);
     for (float& value : values_) value = noise.symmetric();
     widened_.resize(quantized_.size());
-    activations_ = {
-        values_.data(), K, quantized_.data(), widened_.data(), scales_.data(), sums_.data(),
-        totals_.data()};
+    rounded_.resize(quantized_.size());
+    activations_ = {values_.data(),    K,
+                    quantized_.data(), widened_.data(),
+                    scales_.data(),    sums_.data(),
+                    totals_.data(),    rounded_.data()};
     kernels_->quantize_rows(activations_, K, 0, max_tokens_);
   }
 
@@ -277,6 +280,7 @@ class LinearBench {
   std::vector<float> values_, scales_, sums_, totals_;
   std::vector<int8_t> quantized_;
   std::vector<int16_t> widened_;
+  std::vector<uint16_t> rounded_;
   Activations activations_;
   int64_t next_ = 0;  // the matrix whose turn it is
 };

@@ -49,13 +49,15 @@ struct QuantizedRows {
     sums.resize(scales.size());
     totals.resize(scales.size());
     if (kernels->reads_widened) widened.resize(quantized.size());
+    if (kernels->reads_rounded) rounded.resize(quantized.size());
     activations = {
         x.data(),      K,           quantized.data(), widened.empty() ? nullptr : widened.data(),
-        scales.data(), sums.data(), totals.data()};
+        scales.data(), sums.data(), totals.data(),    rounded.empty() ? nullptr : rounded.data()};
     kernels->quantize_rows(activations, K, 0, T);
   }
   std::vector<int8_t> quantized;
   std::vector<int16_t> widened;
+  std::vector<uint16_t> rounded;
   std::vector<float> scales, sums, totals;
   Activations activations;
 };

@@ -25,7 +25,7 @@ struct PackedMatrix {
 
 // The input of a linear layer: the float rows and, for the integer formats, their int8 form.
 // All buffers are the caller's; K is padded to a multiple of kGroupSize with zeros in the int8
-// form. quantize_rows fills all the rest from values, widened where it is given.
+// form. quantize_rows fills all the rest from values, widened and rounded where they are given.
 struct Activations {
   const float* values = nullptr;  // (T, K), row stride ld_values
   int64_t ld_values = 0;
@@ -34,6 +34,8 @@ struct Activations {
   float* scales = nullptr;      // (T, groups): max |x| / 127 of each group, 0 for a zero group
   float* sums = nullptr;        // (T, groups): sum of the quantized values of the group
   float* totals = nullptr;      // (T, groups): scale * sum
+  uint16_t* rounded = nullptr;  // (T, padded K): values in bf16, zeros after them, where
+                                // reads_rounded
 };
 
 // Static, not inline: files with ISA flags include this header too, and the linker must not take
@@ -45,7 +47,8 @@ static constexpr int padded_k(int K) { return num_groups(K) * kGroupSize; }
 struct LinearKernels {
   const char* isa;
 
-  bool reads_widened;  // whether gemm wants Activations::widened
+  bool reads_widened;  // whether gemm wants Activations::widened for the integer formats
+  bool reads_rounded;  // whether it wants Activations::rounded for the others
 
   // Output channels of a tile, the unit in which work is split between threads.
   int (*tile_channels)(Format format);

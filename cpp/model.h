@@ -87,10 +87,11 @@ struct Operand {
   float* scales = nullptr;      // (rows, groups)
   float* sums = nullptr;        // (rows, groups)
   float* totals = nullptr;      // (rows, groups)
+  uint16_t* rounded = nullptr;  // (rows, widest padded K), where the kernels want it
 
-  // Of these rows; their int8 form, once it is filled, lies here.
+  // Of these rows; their other forms, once they are filled, lie here.
   Activations activations(const float* values, int64_t ld_values) const {
-    return {values, ld_values, quantized, widened, scales, sums, totals};
+    return {values, ld_values, quantized, widened, scales, sums, totals, rounded};
   }
 };
 
@@ -241,6 +242,7 @@ class Model final : private ThreadPool::Job {
   // Calls op(unit) for every unit, the units shared among the threads.
   template <typename Op>
   void for_units(int thread, int num_units, Op op);
+  bool needs_prepared(const Matrix& w) const;
   bool replicates(const Step& step) const { return step.num_tokens <= kReplicatedRows; }
   Activations norm_rows(const Step& step, const FloatVector& weight, const FloatVector& post_norm,
                         int thread);

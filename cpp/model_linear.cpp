@@ -32,25 +32,30 @@ struct RowBlocks {
   int count = 1;
 };
 
-bool needs_integers(const Matrix& w) { return format_info(w.packed.format).reads_integers; }
-
 // From value `first` of row t on, a multiple of kGroupSize.
 Activations part_of_row(const Activations& x, int K, int t, int first) {
   const int64_t group = int64_t{t} * num_groups(K) + first / kGroupSize;
   int16_t* widened = x.widened == nullptr ? nullptr : x.widened + group * kGroupSize;
+  uint16_t* rounded = x.rounded == nullptr ? nullptr : x.rounded + group * kGroupSize;
   return {x.values + t * x.ld_values + first,
           x.ld_values,
           x.quantized + group * kGroupSize,
           widened,
           x.scales + group,
           x.sums + group,
-          x.totals + group};
+          x.totals + group,
+          rounded};
 }
 
 // Rows from t on.
 Activations rows_from(const Activations& x, int K, int t) { return part_of_row(x, K, t, 0); }
 
 }  // namespace
+
+// Whether kernels read w's activations in another form than the values.
+bool Model::needs_prepared(const Matrix& w) const {
+  return format_info(w.packed.format).reads_integers || linear_->reads_rounded;
+}
 
 int64_t gate_up_floats(const Config& c) {
   const int64_t of_few = int64_t{kFewRows} * 2 * padded_k(c.intermediate_size);
@@ -124,7 +129,7 @@ Activations Model::quantize_attention(const Step& step, const Matrix& w, int thr
   const int K = config_.attention_size();
   const Operand& operand = replicates(step) ? state_.own[thread] : state_.shared;
   const Activations x = operand.activations(state_.attention, K);
-  if (!needs_integers(w)) return x;
+  if (!needs_prepared(w)) return x;
   if (replicates(step)) {
     if (pool_->is_next_open(thread)) linear_->quantize_rows(x, K, 0, step.num_tokens);
   } else {
@@ -180,7 +185,7 @@ void Model::gate_up_groups(int layer, int thread, const Activations& x, int firs
   };
   multiply_groups(w.gate, own);
   multiply_groups(w.up, own + size);
-  const bool quantizes = needs_integers(w.down);
+  const bool quantizes = needs_prepared(w.down);
   const Activations gated = state_.gated.activations(own, ld);
   for (int row = t; row < t_end; ++row, own += ld) {
     float* out = quantizes ? own : state_.mlp + int64_t{row} * I + channel;

@@ -20,18 +20,19 @@ struct Carver {
   }
 };
 
-void lay_out(const Config& c, int64_t T, int num_threads, bool widens, Carver* memory,
-             RunState* s) {
+void lay_out(const Config& c, int64_t T, int num_threads, const LinearKernels& linear,
+             Carver* memory, RunState* s) {
   const int64_t tables = c.rope_inv_freq.size();
   const int input_size = c.reads_hidden ? 2 * c.hidden_size : c.hidden_size;
   const int widest = std::max({input_size, c.attention_size(), c.intermediate_size});
   const auto take_operand = [&](Operand* operand, int64_t rows) {
     memory->take(&operand->normed, rows * input_size);
     memory->take(&operand->quantized, rows * padded_k(widest));
-    if (widens) memory->take(&operand->widened, rows * padded_k(widest));
+    if (linear.reads_widened) memory->take(&operand->widened, rows * padded_k(widest));
     memory->take(&operand->scales, rows * num_groups(widest));
     memory->take(&operand->sums, rows * num_groups(widest));
     memory->take(&operand->totals, rows * num_groups(widest));
+    if (linear.reads_rounded) memory->take(&operand->rounded, rows * padded_k(widest));
   };
   s->own.resize(num_threads);
   for (Operand& operand : s->own) take_operand(&operand, kReplicatedRows);
@@ -66,7 +67,7 @@ int64_t Model::activation_bytes(const Config& config, const std::string& isa, in
   if (linear == nullptr) throw std::invalid_argument("unknown instruction set " + isa);
   RunState s;
   Carver sizes;
-  lay_out(config, max_tokens, num_threads, linear->reads_widened, &sizes, &s);
+  lay_out(config, max_tokens, num_threads, *linear, &sizes, &s);
   const int64_t scratch = attention_scratch_floats(config.head_dim) * sizeof(float) +
                           SamplerScratch(config.vocab_size).bytes();
   const int64_t num_parts = max_attention_parts(num_threads, max_blocks_per_seq);
@@ -97,10 +98,10 @@ void Model::bind(const Batch& batch, const Limits& limits) {
 RunState Model::make_state(int max_tokens) const {
   RunState s;
   Carver sizes;
-  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &sizes, &s);
+  lay_out(config_, max_tokens, num_threads(), *linear_, &sizes, &s);
   s.memory = Buffer(sizes.bytes);
   Carver places{s.memory.data()};
-  lay_out(config_, max_tokens, num_threads(), linear_->reads_widened, &places, &s);
+  lay_out(config_, max_tokens, num_threads(), *linear_, &places, &s);
   for (int thread = 0; thread < num_threads(); ++thread) {
     s.attention_scratch.emplace_back(attention_scratch_floats(config_.head_dim) * sizeof(float));
     s.sampler_scratch.emplace_back(config_.vocab_size);

@@ -48,6 +48,7 @@ inline __m512 add_pair_products(__m512 sums, __m512i a, __m512i b) {
 }
 
 struct Bf16Products {
+  using Scope = NoScope;
   using Kv = PairedBf16Kv;
   using Element = Kv::Element;
   static constexpr int kRowGroup = 12;

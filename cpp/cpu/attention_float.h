@@ -19,6 +19,7 @@ inline Vector scale_scores(const AttentionUnit& unit, const uint8_t* block, int 
 
 template <typename KvElements>
 struct FloatProducts {
+  using Scope = NoScope;
   using Kv = KvElements;
   using Element = typename Kv::Element;
   // Rows that share each load of K and V: their chains of additions hide the latency of one, and

@@ -40,6 +40,7 @@ struct QuadInt8Kv : Int8Kv {
 inline __m512i broadcast_quad(const int32_t* quad) { return _mm512_set1_epi32(*quad); }
 
 struct Int8Products {
+  using Scope = NoScope;
   using Kv = QuadInt8Kv;
   using Element = Kv::Element;
   static constexpr int kRowGroup = 8;  // two sums of each: more would not fit the registers

@@ -14,6 +14,7 @@ namespace {
 constexpr int kSpan = 16;               // keys of a KV block, or channels of values
 constexpr int kParts = kSpan / kWidth;  // vectors in a span
 constexpr int kChunkBlocks = kAttentionChunk / kBlockSize;
+constexpr int kWholeTile = 0;  // the row group of products that take all rows of a tile at once
 static_assert(kSpan == kBlockSize);
 
 // What is known of a tile's rows so far.
@@ -30,6 +31,11 @@ struct Tile {
 // The columns of a chunk that a row sees, [low, high), of those that are computed.
 struct SeenColumns {
   int low, high, num_columns;
+};
+
+// What products hold while a segment is computed: nothing, for most.
+struct NoScope {
+  explicit NoScope(const Tile&) {}
 };
 
 // `scratch` is the thread's; `state` holds the rest, attention_state_floats.

@@ -8,11 +8,9 @@
 // costs no quality: perplexity of SmolLM2-135M is 20.089 with and without it.
 #include <cstring>
 
+#include "cpu/bf16_pairs.h"
 #include "cpu/linear_isa.h"
 #include "cpu/linear_tiles.h"
-#include "cpu/tile_avx512.h"
-#include "formats/bf16.h"
-#include "formats/fp8.h"
 
 namespace fulcrum {
 namespace {
@@ -24,39 +22,6 @@ __m512 add_products(__m512 sums, __m512i weights, __m512i activations) {
   return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)activations);
 }
 
-struct Bf16Decoder {
-  using Row = Bf16TileRow;
-  static constexpr int64_t kHeaderBytes = 0;
-
-  static __m512i load_pair(const Row* rows) { return _mm512_loadu_si512(rows); }
-  static __m512 scale(const uint8_t*, __m512 values) { return values; }
-};
-
-struct Fp8Decoder {
-  using Row = Fp8TileRow;
-  static constexpr int64_t kHeaderBytes = sizeof(Fp8Tile);
-
-  // 1 / kFp8ToHalf of the values, as the scales want it. Shifted into place, exponent and mantissa
-  // are those of a bf16 that is 2^-120 times as large, which an addition to the exponent undoes.
-  // vdpbf16ps has no subnormal values: those of e4m3, which are normal in bf16, come from a table.
-  static __m512i load_pair(const Row* rows) {
-    const __m512i bytes =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows)));
-    const __m512i shifted = _mm512_slli_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(0x7f)), 4);
-    // 0…7 times 2^-17; the low bits of a subnormal byte are its place.
-    const __m512i table = _mm512_broadcast_i32x4(
-        _mm_setr_epi16(0, 0x3700, 0x3780, 0x37c0, 0x3800, 0x3820, 0x3840, 0x3860));
-    const auto is_normal = _mm512_test_epi16_mask(bytes, _mm512_set1_epi16(0x78));
-    const __m512i magnitude = _mm512_mask_add_epi16(
-        _mm512_permutexvar_epi16(bytes, table), is_normal, shifted, _mm512_set1_epi16(112 << 7));
-    const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(0x80)), 8);
-    return _mm512_or_si512(magnitude, sign);
-  }
-  static __m512 scale(const uint8_t* tile, __m512 values) {
-    return _mm512_mul_ps(values, _mm512_loadu_ps(tile));
-  }
-};
-
 // The rounded activations of some rows, and the k after an odd last one as zero.
 template <int Rows>
 struct RoundedChunk {
@@ -65,10 +30,7 @@ struct RoundedChunk {
   void fill(const float* rows, int64_t stride, int num_k) {
     for (int r = 0; r < Rows; ++r) {
       for (int k = 0; k < num_k; k += 32) {
-        const float* from = rows + r * stride + k;
-        const __m512 low = load_first(from, num_k - k);
-        const __m512 high = load_first(from + 16, num_k - k - 16);
-        _mm512_store_si512(values[r] + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        _mm512_store_si512(values[r] + k, round_first(rows + r * stride + k, num_k - k));
       }
     }
   }
@@ -76,15 +38,6 @@ struct RoundedChunk {
     int32_t pair;
     std::memcpy(&pair, values[r] + k, sizeof(pair));
     return _mm512_set1_epi32(pair);
-  }
-
- private:
-  // The first `count` of 16 values, zeros after them.
-  static __m512 load_first(const float* from, int count) {
-    if (count >= 16) return _mm512_loadu_ps(from);
-    float values[16] = {};
-    for (int i = 0; i < count; ++i) values[i] = from[i];
-    return _mm512_loadu_ps(values);
   }
 };
 
@@ -95,10 +48,7 @@ struct PairKernel {
   // Two tiles share a broadcast of activations, and their chains of additions hide the latency.
   static constexpr int kFewRows = 8, kBlockRows = 12, kBlockTiles = 2;
   static constexpr int few_tiles(int) { return 1; }
-  static int64_t tile_bytes(int K) {
-    return Decoder::kHeaderBytes +
-           num_tile_rows(Lanes512Pairs{}, K) * static_cast<int64_t>(sizeof(Row));
-  }
+  static int64_t tile_bytes(int K) { return pair_tile_bytes<Decoder>(K); }
   static int64_t row_bytes(int K) { return int64_t{K} * 4; }
 
   // The pair of rows k and k + 1 of every tile times that of every row of activations.

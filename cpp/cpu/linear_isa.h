@@ -28,4 +28,9 @@ void gemm_float_avx512(const PackedMatrix& w, const Activations& x, int T, float
 void gemm_avx512_bf16(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
                       int tile_begin, int tile_end, bool accumulate);
 
+// The float formats by AMX from rows that quantize_rows_amx rounded, the others by gemm_avx512.
+void quantize_rows_amx(const Activations& x, int K, int row_begin, int row_end);
+void gemm_amx(const PackedMatrix& w, const Activations& x, int T, float* y, int64_t ld_y,
+              int tile_begin, int tile_end, bool accumulate);
+
 }  // namespace fulcrum

@@ -30,5 +30,6 @@ PeakLoops peak_loops_portable();
 PeakLoops peak_loops_avx2();
 PeakLoops peak_loops_avx512();
 PeakLoops peak_loops_avx512_bf16();
+PeakLoops peak_loops_amx();
 
 }  // namespace fulcrum

@@ -11,7 +11,7 @@ namespace fulcrum {
 namespace {
 
 inline void prefetch(const uint8_t* begin, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
 }
 
 // What a row's new reference leaves of its sums; most often all.
@@ -50,9 +50,13 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
   for (int b = 0; b < num_blocks; b += Products::kBlocks) {
     fetch_ahead();
     const int count = std::min(Products::kBlocks, num_blocks - b);
-    for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
-      Products::template score<kRows>(unit, tile, row, blocks + b, count, b * kBlockSize);
-    });
+    if constexpr (Products::kRowGroup == kWholeTile) {
+      Products::score(unit, tile, blocks + b, count, b * kBlockSize);
+    } else {
+      for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
+        Products::template score<kRows>(unit, tile, row, blocks + b, count, b * kBlockSize);
+      });
+    }
   }
   for (int token = 0, row = 0; token < unit.num_tokens; ++token) {
     const int position = unit.first_position + token;
@@ -72,9 +76,13 @@ void attend_chunk(const AttentionUnit& unit, const Tile& tile, int chunk_begin, 
   }
   for (int channel = 0; channel < unit.head_dim; channel += kChannels) {
     fetch_ahead();
-    for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
-      Products::template weigh<kRows>(unit, tile, row, channel, blocks, num_keys);
-    });
+    if constexpr (Products::kRowGroup == kWholeTile) {
+      Products::weigh(unit, tile, channel, blocks, num_keys);
+    } else {
+      for_row_groups<Products::kRowGroup>(tile.num_rows, [&]<int kRows>(int row) {
+        Products::template weigh<kRows>(unit, tile, row, channel, blocks, num_keys);
+      });
+    }
   }
 }
 
@@ -120,6 +128,7 @@ inline void divide_by_totals(const AttentionUnit& unit, const Tile& tile) {
 template <typename Products>
 void compute_segment(const AttentionUnit& unit, int segment, float* scratch, float* state) {
   const Tile tile = empty_tile(unit, scratch, state);
+  const typename Products::Scope scope(tile);
   std::fill(tile.totals, tile.totals + tile.num_rows * kWidth, 0.f);
   const int first_seen = unit.window > 0 ? std::max(unit.first_position - unit.window + 1, 0) : 0;
   const int first = std::max(first_seen, segment * kAttentionSegment);

@@ -192,3 +192,5 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_reduce_ps(a, immediate) emulated_reduce_ps(a)
 #define _mm512_cvtne2ps_pbh(a, b) emulated_cvtne2ps_pbh(a, b)
 #define _mm512_dpbf16_ps(a, b, c) emulated_dpbf16_ps(a, b, c)
+
+#include "amx_emulation.h"

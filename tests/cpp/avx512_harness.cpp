@@ -28,7 +28,8 @@ struct Packed {
 
 }  // namespace
 
-// y (T, N) in and out; the int8 form of x (T, K) is the portable one for every instruction set.
+// y (T, N) in and out; the int8 form of x (T, K) is the portable one, but where an instruction set
+// has another form beside it.
 extern "C" void gemm(const char* isa, int format, int N, int K, int T, const float* values,
                      const uint8_t* quants, const float* scales, const float* minima,
                      const float* x, float* y, int tile_begin, int tile_end, int accumulate) {
@@ -37,9 +38,16 @@ extern "C" void gemm(const char* isa, int format, int N, int K, int T, const flo
   std::vector<int8_t> quantized(size_t(T) * padded_k(K));
   std::vector<float> row_scales(size_t(T) * num_groups(K)), sums(row_scales.size()),
       totals(sums.size());
-  const Activations rows = {
-      x, K, quantized.data(), nullptr, row_scales.data(), sums.data(), totals.data()};
-  linear_kernels("portable")->quantize_rows(rows, K, 0, T);
+  std::vector<uint16_t> rounded(quantized.size());
+  const Activations rows = {x,
+                            K,
+                            quantized.data(),
+                            nullptr,
+                            row_scales.data(),
+                            sums.data(),
+                            totals.data(),
+                            rounded.data()};
+  linear_kernels(kernels->reads_rounded ? isa : "portable")->quantize_rows(rows, K, 0, T);
   kernels->gemm(packed.matrix, rows, T, y, N, tile_begin, tile_end, accumulate != 0);
 }
 

@@ -12,5 +12,5 @@ def rounded_to_bf16(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def multiplied(isa: str, format: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """The activations that a kernel multiplies, for the portable one to multiply as they are."""
-    rounds = isa == "avx512-bf16" and format in ("bf16", "fp8")
+    rounds = isa in ("avx512-bf16", "amx") and format in ("bf16", "fp8")
     return rounded_to_bf16(x) if rounds else x

@@ -1,4 +1,4 @@
-"""The AVX-512 kernels, compiled against emulated intrinsics, against the portable kernels.
+"""The AVX-512 and AMX kernels, compiled against emulated intrinsics, against the portable kernels.
 
 Runs on any machine with g++ and the SIMDe headers, so that the code is tested where the
 instructions are missing.
@@ -24,9 +24,10 @@ FORMATS = {
          "int4-sym-g64", "int4-sym-g128")
     )
 }  # fmt: skip
-# Those that avx512-bf16 computes by itself, and one that it leaves to avx512.
+# Those that avx512-bf16 and amx compute by themselves, and one that they leave to avx512.
 KERNELS = [("avx512", name) for name in FORMATS]
 KERNELS += [("avx512-bf16", name) for name in ("bf16", "fp8", "int8")]
+KERNELS += [("amx", name) for name in ("bf16", "fp8", "int8")]
 KV_DTYPES = {"bf16": 0, "int8": 1}
 GROUP = 32
 TILE = 16
@@ -39,6 +40,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         (CPP / "cpu" / "linear_avx512.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx512_float.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx512_bf16.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "linear_amx.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "linear_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "linear_avx2_float.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "activations_avx512.cpp", ["-O0", emulated]),
@@ -47,6 +49,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
         (CPP / "linear.cpp", ["-O1"]),
         (CPP / "cpu" / "vector_avx512.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "vector_avx512_bf16.cpp", ["-O0", emulated]),
+        (CPP / "cpu" / "vector_amx.cpp", ["-O0", emulated]),
         (CPP / "cpu" / "vector_avx2.cpp", ["-O0", "-mavx2", "-mfma", "-mf16c"]),
         (CPP / "cpu" / "vector_portable.cpp", ["-O2"]),
         (CPP / "ops.cpp", ["-O1"]),
@@ -200,20 +203,22 @@ def test_emulated_pairs_of_bf16_multiply_every_e4m3_value_exactly(library):
     weights.quants[:, :16] = np.arange(256, dtype=np.uint8).reshape(16, 16)
     weights.quants[weights.quants & 127 == 127] = 0
     one = np.eye(16, dtype=np.float32)
-    results = [gemm(library, isa, weights, one) for isa in ("portable", "avx512-bf16")]
+    results = [gemm(library, isa, weights, one) for isa in ("portable", "avx512-bf16", "amx")]
     assert np.count_nonzero(results[0]) == 252  # subnormal values of e4m3 included
     np.testing.assert_array_equal(results[1], results[0])
+    np.testing.assert_array_equal(results[2], results[0])
 
 
+@pytest.mark.parametrize("isa", ["avx512-bf16", "amx"])
 @pytest.mark.parametrize("format", ["bf16", "fp8"])
-def test_emulated_pairs_of_bf16_round_once_and_keep_neighbours_apart(library, format):
+def test_emulated_pairs_of_bf16_round_once_and_keep_neighbours_apart(library, isa, format):
     weights = Weights(format, 20, 65)
     x = activations(5, 65)
-    whole = gemm(library, "avx512-bf16", weights, x)
+    whole = gemm(library, isa, weights, x)
     assert not np.array_equal(whole, gemm(library, "avx512", weights, x))
     x[1], x[3, 7] = 0, np.nan
     x[4] = np.float32(1e-39)  # subnormal: vdpbf16ps takes it as zero
-    result = gemm(library, "avx512-bf16", weights, x)
+    result = gemm(library, isa, weights, x)
     np.testing.assert_array_equal(result[[0, 2]], whole[[0, 2]])
     assert not result[[1, 4]].any()
     assert np.isnan(result[3]).all()
@@ -247,7 +252,7 @@ def attend(
     return out
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx512-bf16"])
+@pytest.mark.parametrize("isa", ["avx512", "avx512-bf16", "amx"])
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_emulated_avx512_attention_equals_portable_and_ignores_tiles(
@@ -255,7 +260,7 @@ def test_emulated_avx512_attention_equals_portable_and_ignores_tiles(
 ):
     whole = attend(library, isa, kv_dtype, window, 5)
     # What queries and probabilities are rounded to: integers of 16 bits, pairs of bf16, nothing.
-    tolerance = 1e-3 if kv_dtype == "int8" else 1e-2 if isa == "avx512-bf16" else 1e-5
+    tolerance = 1e-3 if kv_dtype == "int8" else 1e-5 if isa == "avx512" else 1e-2
     np.testing.assert_allclose(
         whole, attend(library, "portable", kv_dtype, window, 5), rtol=tolerance, atol=tolerance
     )

@@ -91,9 +91,9 @@ def assert_is_attention(
     pairs of them, to bf16; over int8 to integers of 16 bits, relative to the largest of their row.
     """
     rounding, sizes = 0.0, np.abs(v)
-    if isa == "avx512-bf16" and kv_dtype == "bf16":
+    if isa in ("avx512-bf16", "amx") and kv_dtype == "bf16":
         q, rounding = to_bf16(q), 2.0**-8  # each probability by that of itself at most
-    elif isa.startswith("avx512") and kv_dtype == "int8":
+    elif (isa.startswith("avx512") or isa == "amx") and kv_dtype == "int8":
         rounding, sizes = 2.0**-11, np.broadcast_to(sizes.max(axis=-1, keepdims=True), v.shape)
     expected = reference_attention(q, k, v, window, kv_dtype)
     allowed = rtol * np.abs(expected) + 1e-5

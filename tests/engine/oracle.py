@@ -190,9 +190,9 @@ def _buffers(
 
 
 def unrounded_isa() -> str:
-    """The best here that multiplies activations as they are: AVX512-BF16 rounds them."""
+    """The best here that multiplies activations as they are: AVX512-BF16 and AMX round them."""
     best = fulcrum_core.detect_isa()
-    return "avx512" if best == "avx512-bf16" else best
+    return "avx512" if best in ("avx512-bf16", "amx") else best
 
 
 def load_unquantized(model: Path | str, **options: Any) -> LoadedModel:

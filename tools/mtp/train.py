@@ -135,7 +135,7 @@ class Trainer:
     def _in_bf16(self) -> torch.autocast:
         """Matrix products in bf16 where the processor has them; PyTorch emulates them elsewhere,
         slower than it multiplies floats."""
-        enabled = fulcrum_core.detect_isa() == "avx512-bf16"
+        enabled = fulcrum_core.detect_isa() in ("avx512-bf16", "amx")
         return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
 
     def _rate(self) -> float:
