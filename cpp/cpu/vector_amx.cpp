@@ -4,23 +4,11 @@
 // Need Simd before them.
 #include "attention_amx.h"
 #include "attention_int8.h"
-#include "vector_attention.h"
+#include "vector_table.h"
 
 namespace fulcrum {
 
 extern const VectorKernels kVectorKernels_amx;
-const VectorKernels kVectorKernels_amx = {"amx",
-                                          rms_norm,
-                                          add,
-                                          scale,
-                                          gate,
-                                          rotate,
-                                          attend<AmxProducts>,
-                                          attend<Int8Products>,
-                                          attend_segment<AmxProducts>,
-                                          attend_segment<Int8Products>,
-                                          merge_segments,
-                                          write_kv<PairedBf16Kv>,
-                                          write_kv<QuadInt8Kv>};
+const VectorKernels kVectorKernels_amx = vector_table<AmxProducts, Int8Products>("amx");
 
 }  // namespace fulcrum

@@ -3,23 +3,12 @@
 
 // Need Simd before them.
 #include "attention_float.h"
-#include "vector_attention.h"
+#include "vector_table.h"
 
 namespace fulcrum {
 
 extern const VectorKernels kVectorKernels_portable;
-const VectorKernels kVectorKernels_portable = {"portable",
-                                               rms_norm,
-                                               add,
-                                               scale,
-                                               gate,
-                                               rotate,
-                                               attend<FloatProducts<Bf16Kv>>,
-                                               attend<FloatProducts<Int8Kv>>,
-                                               attend_segment<FloatProducts<Bf16Kv>>,
-                                               attend_segment<FloatProducts<Int8Kv>>,
-                                               merge_segments,
-                                               write_kv<Bf16Kv>,
-                                               write_kv<Int8Kv>};
+const VectorKernels kVectorKernels_portable =
+    vector_table<FloatProducts<Bf16Kv>, FloatProducts<Int8Kv>>("portable");
 
 }  // namespace fulcrum
