@@ -129,6 +129,46 @@ struct IntegerKernel {
   static int64_t row_bytes(int K) { return padded_k(K); }
   static int64_t tile_bytes(int K) { return Format::tile_bytes(K); }
 
+  // acc += scale of the row * (scale * sum of products) + minimum * total of the row. scale *
+  // kMagic is exact, so that the first product is rounded once, after the subtraction of kMagic.
+  template <int Rows>
+  static inline __attribute__((always_inline)) void add_with_minima(const uint16_t* of_group,
+                                                                    const ActivationRows& x, int g,
+                                                                    const __m512i (&dots)[Rows],
+                                                                    __m512 (&acc)[Rows]) {
+    const __m512 scales = load_half16(of_group), minima = load_half16(of_group + kTileChannels);
+    const __m512 magics = _mm512_mul_ps(scales, _mm512_set1_ps(-kMagic));
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const int index = r * x.groups + g;
+      const __m512 dot = _mm512_fmadd_ps(scales, _mm512_castsi512_ps(dots[r]), magics);
+      acc[r] = _mm512_fmadd_ps(_mm512_set1_ps(x.scales[index]), dot, acc[r]);
+      acc[r] = _mm512_fmadd_ps(minima, _mm512_set1_ps(x.totals[index]), acc[r]);
+    }
+  }
+
+  // acc += scale of the row * scale * (sum of products - offset).
+  template <int Rows, int Tiles>
+  static inline __attribute__((always_inline)) void add_with_offset(
+      const uint16_t* const (&scales)[Tiles], const ActivationRows& x, int g,
+      const __m512i (&dots)[Tiles][Rows], __m512 (&acc)[Tiles][Rows]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const int index = r * x.groups + g;
+      const __m512 scale = _mm512_set1_ps(x.scales[index]);
+      const __m512 magic = magic_offset<Format::kOffset>(x.sums + index);
+#pragma GCC unroll 2
+      for (int j = 0; j < Tiles; ++j) {
+        const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
+        if constexpr (Format::kHasScales) {
+          acc[j][r] = _mm512_fmadd_ps(_mm512_mul_ps(load_half16(scales[j]), scale), dot, acc[j][r]);
+        } else {
+          acc[j][r] = _mm512_fmadd_ps(scale, dot, acc[j][r]);
+        }
+      }
+    }
+  }
+
   template <int Rows, int Tiles, bool kStreams>
   static void run(const uint8_t* data, int K, const Activations& activations, int t,
                   const TileOutput& out) {
@@ -153,25 +193,11 @@ struct IntegerKernel {
         for (int r = 0; r < Rows; ++r) dots[j][r] = magic_bits();
       }
       Format::template dot<Rows, Tiles>(quants, x.quantized + g * kGroupSize, x.stride, dots);
-#pragma GCC unroll 8
-      for (int r = 0; r < Rows; ++r) {
-        const int index = r * x.groups + g;
-        const __m512 scale = _mm512_set1_ps(x.scales[index]);
-        const __m512 total = _mm512_set1_ps(x.totals[index]);
-        const __m512 magic = magic_offset<Format::kOffset>(x.sums + index);
+      if constexpr (Format::kHasMinimum) {
 #pragma GCC unroll 2
-        for (int j = 0; j < Tiles; ++j) {
-          const __m512 dot = _mm512_sub_ps(_mm512_castsi512_ps(dots[j][r]), magic);
-          if constexpr (Format::kHasScales) {
-            acc[j][r] =
-                _mm512_fmadd_ps(_mm512_mul_ps(load_half16(scales[j]), scale), dot, acc[j][r]);
-          } else {
-            acc[j][r] = _mm512_fmadd_ps(scale, dot, acc[j][r]);
-          }
-          if constexpr (Format::kHasMinimum) {
-            acc[j][r] = _mm512_fmadd_ps(load_half16(scales[j] + kTileChannels), total, acc[j][r]);
-          }
-        }
+        for (int j = 0; j < Tiles; ++j) add_with_minima<Rows>(scales[j], x, g, dots[j], acc[j]);
+      } else {
+        add_with_offset<Rows, Tiles>(scales, x, g, dots, acc);
       }
     }
     if constexpr (!Format::kHasScales) {
