@@ -150,7 +150,8 @@ def test_logits_are_close_where_activations_are_rounded_to_bf16(name: str, tmp_p
     reference = make_checkpoint(tmp_path, CONFIGS[name](), seed=11)
     token_ids = text(2)
     expected = reference_logits(reference, token_ids, bf16_cache=True)
-    difference = make_driver(tmp_path, fulcrum_core.detect_isa()).logits(token_ids, [NUM_TOKENS]) - expected
+    driver = make_driver(tmp_path, fulcrum_core.detect_isa())
+    difference = driver.logits(token_ids, [NUM_TOKENS]) - expected
     assert np.sqrt((difference**2).mean()) < 0.03 * expected.std()
 
 
