@@ -120,6 +120,16 @@ inline uint32_t emulated_reduce_max_epu32(__m512i values) {
   return *std::max_element(in, in + 16);
 }
 
+// Rounded once: kernels rely on it.
+inline __m512 emulated_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  float x[16], y[16], z[16];
+  _mm512_storeu_ps(x, a);
+  _mm512_storeu_ps(y, b);
+  _mm512_storeu_ps(z, c);
+  for (int i = 0; i < 16; ++i) z[i] = std::fma(x[i], y[i], z[i]);
+  return _mm512_loadu_ps(z);
+}
+
 // Of the immediates only 9: the fraction above the next lower integer, 0 of an infinity.
 inline __m512 emulated_reduce_ps(__m512 values) {
   float lanes[16];
@@ -162,6 +172,7 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepu8_epi16
+#undef _mm512_fmadd_ps
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtepi8_epi32
@@ -178,6 +189,7 @@ inline __m512 emulated_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #undef _mm512_dpbf16_ps
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
 #define _mm512_cvtepu8_epi16(a) emulated_cvtepu8_epi16(a)
+#define _mm512_fmadd_ps(a, b, c) emulated_fmadd_ps(a, b, c)
 #define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
 #define _mm512_cvtph_ps(a) emulated_cvtph_ps(a)
 #define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
