@@ -113,6 +113,16 @@ def test_accumulate_adds_to_what_is_there(isa, format, num_tokens):
 
 
 @all_isas
+@pytest.mark.parametrize("num_tokens", [1, 9, 20])
+def test_what_lies_behind_the_last_k_of_a_tile_is_not_multiplied(isa, num_tokens):
+    weights = random(32, 40)
+    weights[16:] = np.inf  # the next tile
+    x = random(num_tokens, 40, seed=8)
+    expected = pack(isa, "bf16", weights[:16]).forward(x)
+    np.testing.assert_array_equal(pack(isa, "bf16", weights).forward(x)[:, :16], expected)
+
+
+@all_isas
 @all_formats
 @pytest.mark.parametrize("num_rows", [1, 15, 16, 37])
 def test_channels_beyond_the_matrix_are_not_written(isa, format, num_rows):
