@@ -1,14 +1,9 @@
 // The int8 form of activations for x86-64 with AVX-512: four groups at a time, so that what is one
 // value a group (maximum, scale, sum) is computed for four at once. Compiled with ISA flags, so
 // everything but the entry point is local to the file.
-#if defined(FULCRUM_EMULATED_INTRINSICS)
-#include FULCRUM_EMULATED_INTRINSICS  // lets a test run this file on any machine
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstring>
 
+#include "cpu/intrinsics.h"
 #include "cpu/linear_isa.h"
 
 namespace fulcrum {

@@ -2,13 +2,9 @@
 // compiled with its flags; isa.cpp asks the system for the right to use it.
 #pragma once
 
-#if defined(FULCRUM_EMULATED_INTRINSICS)
-#include FULCRUM_EMULATED_INTRINSICS
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
+
+#include "intrinsics.h"
 
 namespace fulcrum {
 namespace {

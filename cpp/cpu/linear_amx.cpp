@@ -6,12 +6,9 @@
 // k, so that all products of a tile register would have to be scaled one by one, which takes about
 // as long as multiplying without AMX: measured for int4 it was 1.03 to 1.15 times as fast with 96
 // and 192 rows, and slower with fewer.
-#include <cstring>
-
 #include "cpu/amx.h"
 #include "cpu/bf16_pairs.h"
 #include "cpu/linear_isa.h"
-#include "cpu/linear_tiles.h"
 
 namespace fulcrum {
 namespace {

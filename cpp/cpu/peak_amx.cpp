@@ -14,44 +14,37 @@ TileShapes whole_tiles() {
   return shapes;
 }
 
-void load_operands() {
+// products(): kProducts of them, of registers 4…7 to 0…3.
+template <typename Products>
+double run(int64_t num_iterations, int element_bytes, Products products) {
   alignas(64) static constexpr uint8_t kZeros[kAmxRows * kAmxRowBytes] = {};
+  const TileScope scope(whole_tiles());
   _tile_loadd(4, kZeros, kAmxRowBytes);
   _tile_loadd(5, kZeros, kAmxRowBytes);
   _tile_loadd(6, kZeros, kAmxRowBytes);
   _tile_loadd(7, kZeros, kAmxRowBytes);
-}
-
-double operations(int64_t num_iterations, int element_bytes) {
+  for (int64_t i = 0; i < num_iterations; ++i) products();
   constexpr double kOutputs = kAmxRows * kAmxRows;
   return 2 * kOutputs * (kAmxRowBytes / element_bytes) * kProducts *
          static_cast<double>(num_iterations);
 }
 
 double run_bytes(int64_t num_iterations) {
-  const TileShapes shapes = whole_tiles();
-  const TileScope scope(shapes);
-  load_operands();
-  for (int64_t i = 0; i < num_iterations; ++i) {
+  return run(num_iterations, 1, [] {
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
     _tile_dpbsud(2, 5, 6);
     _tile_dpbsud(3, 5, 7);
-  }
-  return operations(num_iterations, 1);
+  });
 }
 
 double run_bf16(int64_t num_iterations) {
-  const TileShapes shapes = whole_tiles();
-  const TileScope scope(shapes);
-  load_operands();
-  for (int64_t i = 0; i < num_iterations; ++i) {
+  return run(num_iterations, 2, [] {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-  }
-  return operations(num_iterations, 2);
+  });
 }
 
 }  // namespace

@@ -1,14 +1,9 @@
-// Sixteen floats in an AVX-512 register. Included only by files compiled for AVX-512, or with
-// FULCRUM_EMULATED_INTRINSICS, which names a header that a test has for other machines.
+// Sixteen floats in an AVX-512 register. Included only by files compiled for AVX-512.
 #pragma once
 
-#ifdef FULCRUM_EMULATED_INTRINSICS
-#include FULCRUM_EMULATED_INTRINSICS
-#else
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
+
+#include "intrinsics.h"
 
 namespace fulcrum {
 namespace {

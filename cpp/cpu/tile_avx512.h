@@ -1,12 +1,7 @@
 // What the AVX-512 kernels of linear layers share. Included only by files compiled with AVX-512.
 #pragma once
 
-#if defined(FULCRUM_EMULATED_INTRINSICS)
-#include FULCRUM_EMULATED_INTRINSICS  // lets a test run this file on any machine
-#else
-#include <immintrin.h>
-#endif
-
+#include "cpu/intrinsics.h"
 #include "cpu/linear_tiles.h"
 
 namespace fulcrum {
