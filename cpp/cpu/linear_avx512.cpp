@@ -100,9 +100,7 @@ struct ActivationRows {
 // + kOffset * sum. All are integers below 2^24, so that the difference is exact.
 template <int kOffset>
 inline __attribute__((always_inline)) __m512 magic_offset(const float* sum) {
-  const __m512 magic = _mm512_set1_ps(kMagic);
-  if constexpr (kOffset == 0) return magic;
-  return _mm512_fmadd_ps(_mm512_set1_ps(*sum), _mm512_set1_ps(kOffset), magic);
+  return _mm512_fmadd_ps(_mm512_set1_ps(*sum), _mm512_set1_ps(kOffset), _mm512_set1_ps(kMagic));
 }
 
 template <int Rows, int Tiles>
